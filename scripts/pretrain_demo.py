@@ -1,0 +1,191 @@
+"""Make the demo's pretrained model from nothing: VAE, data, transformer, then publish it inside the package.
+
+    python scripts/pretrain_demo.py --work DIR [--stage vae|data|transformer|publish|all]
+
+vae          trains the VAE in a plain loop (qflux trains no VAEs) and writes it with random text encoders
+data         writes the pretraining pairs, the base folder (random transformer) and the run's config
+transformer  runs ``python -m qflux.main`` on that config: a full fine-tune of the whole transformer
+publish      copies the trained transformer into the package
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image
+
+from qflux.demo import shapes, tiny_models
+from qflux.io.quiet import quiet_imports
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
+    from torch import Tensor
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCS = ROOT / "docs" / "demo"
+
+VAE_STEPS, VAE_BATCH, VAE_RATE, VAE_WARMUP, VAE_KL, VAE_SEED = 4500, 16, 2e-3, 100, 5e-4, 11
+MIXED = 4  # decoded colour mixtures a step
+HELD_OUT_SEED = 990
+
+
+class Geometry:
+    """A pool of shape areas ``[N, 1, R, R]`` in [0, 1], and random pictures coloured from it."""
+
+    def __init__(self, count: int, seed: int) -> None:
+        import torch
+
+        self.rng = random.Random(seed)
+        scenes = [shapes.random_scene(self.rng, list(shapes.COLOURS.values())) for _ in range(count)]
+        self.areas = torch.from_numpy(np.stack([scene.coverage() for scene in scenes]))[:, None].float() / 255.0
+
+    def colours(self) -> list[shapes.Colour]:
+        """Three colours: named ones, any RGB, all alike (a flat picture), or black and white."""
+        kind = self.rng.random()
+        if kind < 0.15:
+            return [shapes.WHITE, shapes.BLACK, shapes.WHITE]
+        if kind < 0.20:
+            return [self.rng.choice([shapes.WHITE, shapes.BLACK, shapes.random_colour(self.rng)])] * 3
+        if kind < 0.60:
+            return self.rng.sample(list(shapes.ALL_COLOURS.values()), 3)
+        return [shapes.random_colour(self.rng) for _ in range(3)]
+
+    def pictures(self, count: int, colourings: int) -> Tensor:
+        """``[colourings * count, 3, R, R]`` in [-1, 1]: ``count`` arrangements, each in several colourings."""
+        import torch
+
+        picks = [[self.rng.randrange(len(self.areas)) for _ in range(count)] for _ in range(2)]
+        area, second = self.areas[picks[0]], self.areas[picks[1]]
+        twofold = torch.tensor([self.rng.random() < 0.15 for _ in range(count)]).float()[:, None, None, None]
+        second = second * twofold
+        views = []
+        for _ in range(colourings):
+            rgb = torch.tensor([self.colours() for _ in range(count)]).float()[..., None, None] / 127.5 - 1.0
+            view = area * rgb[:, 0] + (1.0 - area) * rgb[:, 1]
+            views.append(second * rgb[:, 2] + (1.0 - second) * view)
+        return torch.cat(views)
+
+
+def pixels(images: list[Image.Image]) -> Tensor:
+    """RGB images of one size as ``[B, 3, H, W]`` in [-1, 1]."""
+    import torch
+
+    return torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2).float() / 127.5 - 1.0
+
+
+def judge_vae(vae: AutoencoderKL, sheet: Path | None = None) -> tuple[float, float]:
+    """Mean PSNR (dB) of decoded held-out scenes and answers; mean IoU of the answers' thresholded areas."""
+    import torch
+
+    pairs = [pair for pair, _ in zip(shapes.pairs("segment", HELD_OUT_SEED), range(128), strict=False)]
+    images = pixels([pair.before.image() for pair in pairs] + [pair.after.image() for pair in pairs])
+    with torch.no_grad():
+        decoded = vae.decode(vae.encode(images).latent_dist.mode()).sample.clamp(-1, 1)
+    errors = ((decoded - images) / 2).square().mean(dim=(1, 2, 3))
+    true, found = (batch[len(pairs) :].mean(1) > 0 for batch in (images, decoded))
+    iou = (true & found).sum((1, 2)) / (true | found).sum((1, 2))
+    if sheet is not None:
+        rows = [
+            torch.cat([batch[start : start + 12].permute(1, 2, 0, 3).flatten(2) for batch in (images, decoded)], 1)
+            for start in (0, 12, len(pairs))
+        ]
+        picture = ((torch.cat(rows, 1).permute(1, 2, 0) + 1) * 127.5).round().byte().numpy()
+        Image.fromarray(picture).resize((picture.shape[1] * 2, picture.shape[0] * 2), Image.Resampling.NEAREST).save(
+            sheet
+        )
+    return float((-10 * errors.log10()).mean()), float(iou.mean())
+
+
+def vae_loss(vae: AutoencoderKL, geometry: Geometry) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, reconstruction error and KL of one batch.
+
+    Half the batch repeats the other half's arrangements in other colours; latents mixed between the two must decode
+    to the mixed colours. So colours lie on straight lines in latent space, and unseen ones (white, black) are near.
+    """
+    import torch
+
+    images = geometry.pictures(VAE_BATCH // 2, 2).contiguous(memory_format=torch.channels_last)
+    posterior = vae.encode(images).latent_dist
+    latents = posterior.sample()
+    share = torch.rand(MIXED, 1, 1, 1) * 2.0 - 0.5  # beyond both ends too, where the colours stay in range
+    one, two = (batch[:MIXED] for batch in images.chunk(2))
+    mixture = torch.lerp(one, two, share)
+    share = torch.where((mixture.abs().amax((1, 2, 3), keepdim=True) > 1.0), share.clamp(0, 1), share)
+    ends = [batch[:MIXED] for batch in latents.chunk(2)]
+    decoded = vae.decode(torch.cat([latents, torch.lerp(ends[0], ends[1], share)])).sample
+    error = decoded - torch.cat([images, torch.lerp(one, two, share)])
+    reconstruction = error.abs().mean() + error.square().mean()
+    kl = 0.5 * (posterior.mean.square() + posterior.var - 1.0 - posterior.logvar).mean()
+    return reconstruction + VAE_KL * kl, reconstruction.detach(), kl.detach()
+
+
+def normalise_latents(vae: AutoencoderKL, geometry: Geometry) -> None:
+    """Set shift and scale so that the latents of random pictures have mean 0 and standard deviation 1."""
+    import torch
+
+    with torch.no_grad():
+        latents = vae.encode(geometry.pictures(512, 1)).latent_dist.mode()
+    vae.register_to_config(
+        shift_factor=round(float(latents.mean()), 4), scaling_factor=round(1 / float(latents.std()), 4)
+    )
+
+
+def train_vae(work: Path, say: Callable[[str], None]) -> None:
+    """Train the VAE; write it to ``work/vae`` and its picture sheet to the docs."""
+    import torch
+
+    torch.manual_seed(VAE_SEED)
+    vae = tiny_models.make_vae(tiny_models.BASE).to(memory_format=torch.channels_last)
+    geometry = Geometry(8192, VAE_SEED)
+    optimizer = torch.optim.AdamW(vae.parameters(), VAE_RATE, betas=(0.9, 0.98), weight_decay=1e-4)
+    count = sum(weight.numel() for weight in vae.parameters())
+    say(f"VAE of {count} parameters; {VAE_STEPS} steps of batch {VAE_BATCH}; {torch.get_num_threads()} threads")
+    began = time.monotonic()
+    for step in range(1, VAE_STEPS + 1):
+        ramp = min(step / VAE_WARMUP, 0.5 * (1 + np.cos(np.pi * step / VAE_STEPS)))
+        optimizer.param_groups[0]["lr"] = VAE_RATE * float(ramp)
+        loss, reconstruction, kl = vae_loss(vae, geometry)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        if step % 250 == 0 or step == VAE_STEPS:
+            vae.eval()
+            psnr, iou = judge_vae(vae, DOCS / "vae.png")
+            vae.train()
+            say(
+                f"step {step:5d}  seconds {time.monotonic() - began:6.1f}  error {float(reconstruction):.4f}  "
+                f"kl {float(kl):.3f}  held-out PSNR {psnr:.2f} dB  mask IoU {iou:.4f}"
+            )
+    vae.eval()
+    normalise_latents(vae, geometry)
+    say(f"shift_factor {vae.config.shift_factor}  scaling_factor {vae.config.scaling_factor}")
+    vae.to(memory_format=torch.contiguous_format).save_pretrained(work / "vae")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--stage", default="all", choices=("vae", "data", "transformer", "publish", "all"))
+    arguments = parser.parse_args()
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    DOCS.mkdir(parents=True, exist_ok=True)
+    if arguments.stage in ("vae", "all"):
+        with (DOCS / "vae_log.txt").open("w") as log:
+
+            def say(line: str) -> None:
+                print(line, flush=True)
+                log.write(line + "\n")
+                log.flush()
+
+            train_vae(arguments.work, say)
+
+
+if __name__ == "__main__":
+    main()

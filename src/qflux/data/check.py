@@ -1,0 +1,216 @@
+"""The data check: every problem of a data set at once, what it will train on, and a sheet to look at."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections import defaultdict
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+
+from qflux.data.dataset import EditDataset, load_sample, scan
+from qflux.data.images import ImageRef, load_mask, load_rgb
+from qflux.data.sheet import MAX_ROWS, contact_sheet, evenly
+from qflux.data.sources import SampleRecord
+from qflux.errors import UserError
+from qflux.io.atomic import atomic_path
+from qflux.io.progress import Progress
+from qflux.types import Family, ShapeKey, Size
+
+if TYPE_CHECKING:
+    from qflux.io.digests import DigestMemo
+
+SHEET_NAME = "data_check.png"
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """What the check found. Counts of samples include repeats, all others count each picture or sample once.
+
+    ``below_target_size`` counts targets trained smaller than ``data.target_size`` because they are never scaled up;
+    ``duplicates`` are groups of ids whose targets are the same file bytes.
+    """
+
+    problems: tuple[str, ...]
+    notes: tuple[str, ...]
+    samples: int
+    unique_samples: int
+    pictures: int
+    masks: int
+    empty_captions: int
+    below_target_size: int
+    duplicates: tuple[tuple[str, ...], ...]
+    shapes: tuple[tuple[ShapeKey, int], ...]
+    fingerprint: str | None
+    sheet: Path | None
+
+    @property
+    def ok(self) -> bool:
+        """Whether the data set can be trained on."""
+        return not self.problems
+
+    def as_dict(self) -> dict[str, Any]:
+        """The report as plain JSON values (docs/schemas/check.schema.json)."""
+        return {
+            "ok": self.ok,
+            "problems": list(self.problems),
+            "notes": list(self.notes),
+            "samples": self.samples,
+            "unique_samples": self.unique_samples,
+            "pictures": self.pictures,
+            "masks": self.masks,
+            "empty_captions": self.empty_captions,
+            "below_target_size": self.below_target_size,
+            "duplicates": [list(group) for group in self.duplicates],
+            "shapes": [
+                {"target": list(key[0]), "controls": [list(size) for size in key[1:]], "samples": count}
+                for key, count in self.shapes
+            ],
+            "fingerprint": self.fingerprint,
+            "sheet": str(self.sheet) if self.sheet else None,
+        }
+
+    def to_json(self) -> str:
+        """``as_dict`` as indented JSON text."""
+        return json.dumps(self.as_dict(), indent=2, ensure_ascii=False, sort_keys=True)
+
+    def text(self) -> str:
+        """The report for people, problems first."""
+        lines = [f"problem: {problem}" for problem in self.problems]
+        lines += [f"note: {note}" for note in self.notes]
+        repeats = f" ({self.unique_samples} without repeats)" if self.samples != self.unique_samples else ""
+        lines.append(f"{self.samples} samples{repeats}, {self.pictures} pictures, {self.masks} masks")
+        for key, count in self.shapes:
+            controls = ", ".join(_short(size) for size in key[1:]) or "none"
+            lines.append(f"  {count} x target {_short(key[0])}, controls {controls}")
+        if self.below_target_size:
+            lines.append(f"{self.below_target_size} targets are smaller than data.target_size and are trained smaller")
+        if self.empty_captions:
+            lines.append(f"{self.empty_captions} empty captions")
+        lines += [f"same target: {', '.join(group)}" for group in self.duplicates]
+        if self.sheet:
+            lines.append(f"contact sheet: {self.sheet}")
+        found = len(self.problems)
+        lines.append("the data set is fine" if self.ok else f"{found} problem{'s' if found > 1 else ''} to solve")
+        return "\n".join(lines)
+
+
+def check_data(
+    data_config: Any,
+    family: Family,
+    out_dir: Path | None = None,
+    memo: DigestMemo | None = None,
+    progress: bool | None = None,
+) -> CheckReport:
+    """Open the data set, decode every picture, count; with ``out_dir`` also draw ``data_check.png`` there.
+
+    Nothing found in the data is raised: it is in the report. ``progress`` None shows a bar on a terminal only.
+    """
+    dataset = scan(data_config, family, memo=memo)
+    pictures = list(_pictures(dataset))
+    show = sys.stdout.isatty() if progress is None else progress
+    damaged = _decode(pictures, dataset.background, show)
+    problems = list(dict.fromkeys([*dataset.problems, *damaged]))
+    specs = [spec for spec in dataset.specs if spec]
+    wanted = data_config.target_size
+    return CheckReport(
+        problems=tuple(problems),
+        notes=tuple(dataset.notes),
+        samples=len(dataset),
+        unique_samples=len(dataset.records),
+        pictures=len(pictures),
+        masks=sum(record.mask is not None for record in dataset.records),
+        empty_captions=sum(not record.prompt for record in dataset.records),
+        below_target_size=sum(bool(wanted) and spec.sizes.target.size != tuple(wanted) for spec in specs),
+        duplicates=_duplicates(dataset),
+        shapes=tuple(dataset.counts().items()),
+        fingerprint=dataset.fingerprint() if not problems else None,
+        sheet=_draw(dataset, Path(out_dir)) if out_dir is not None and specs else None,
+    )
+
+
+def _pictures(dataset: EditDataset) -> Iterator[tuple[ImageRef, bool]]:
+    """Every picture with whether it is a mask."""
+    for record in dataset.records:
+        for ref in (record.target, *record.controls):
+            if ref is not None:
+                yield ref, False
+        if record.mask is not None:
+            yield record.mask, True
+
+
+def _decode(pictures: list[tuple[ImageRef, bool]], background: tuple[int, int, int], show: bool) -> list[str]:
+    """Decode everything once; returns what is wrong, in the order of the pictures."""
+
+    def look(item: tuple[ImageRef, bool]) -> list[str]:
+        ref, is_mask = item
+        try:
+            if is_mask:
+                load_mask(ref)
+            else:
+                load_rgb(ref, background)
+        except UserError as error:
+            return error.problems
+        return []
+
+    problems: list[str] = []
+    with (
+        Progress(len(pictures), "reading pictures", enabled=show) as bar,
+        ThreadPoolExecutor(os.cpu_count() or 1) as pool,
+    ):
+        for found in pool.map(look, pictures):
+            problems += found
+            bar.advance()
+    return problems
+
+
+def _duplicates(dataset: EditDataset) -> tuple[tuple[str, ...], ...]:
+    groups: defaultdict[str | None, list[str]] = defaultdict(list)
+    for spec in dataset.specs:
+        if spec is not None:
+            groups[spec.target].append(spec.id)
+    return tuple(tuple(ids) for ids in groups.values() if len(ids) > 1)
+
+
+def _draw(dataset: EditDataset, out_dir: Path) -> Path | None:
+    """The sheet control | target | mask of an even choice of the samples that can be read."""
+    usable = [i for i, spec in enumerate(dataset.specs) if spec is not None]
+    chosen = [usable[i] for i in evenly(len(usable), MAX_ROWS)]
+    controls = max(len(dataset.records[i].controls) for i in chosen)
+    with_masks = any(dataset.records[i].mask is not None for i in chosen)
+    titles = ["control"] if controls == 1 else [f"control {n + 1}" for n in range(controls)]
+    rows, labels = [], []
+    for i in chosen:
+        pictures = _row(dataset, i, dataset.records[i], controls)
+        if pictures is not None:
+            rows.append(pictures if with_masks else pictures[:-1])
+            labels.append(f"{dataset.records[i].id}: {dataset.records[i].prompt or '(no caption)'}")
+    if not rows:
+        return None
+    out_dir.mkdir(parents=True, exist_ok=True)
+    path = out_dir / SHEET_NAME
+    with atomic_path(path) as temporary:
+        columns = [*titles, "target", *(["mask"] if with_masks else [])]
+        contact_sheet(rows, columns, row_labels=labels).save(temporary, format="PNG")
+    return path
+
+
+def _row(dataset: EditDataset, position: int, record: SampleRecord, controls: int) -> list[Image.Image | None] | None:
+    spec = dataset.specs[position]
+    assert spec is not None
+    try:
+        sample = load_sample(record, spec, dataset.background)
+    except UserError:
+        return None  # listed among the problems already
+    gaps: list[Image.Image | None] = [None] * (controls - len(sample.controls))
+    return [*sample.controls, *gaps, sample.target, sample.mask]
+
+
+def _short(size: Size) -> str:
+    return f"{size[0]}x{size[1]}"

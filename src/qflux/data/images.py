@@ -1,0 +1,293 @@
+"""The one image loader: encoded bytes in, 8-bit RGB or grey out, and every surprise named.
+
+Rules: the EXIF turn is applied; transparency is composited on a set colour; 16-bit and 32-bit integer grey is scaled
+to 8 bits (the high byte, never clipped); CMYK is converted; an embedded ICC profile is converted to sRGB, unless it
+cannot be read, does not fit the picture's colour mode or differs from sRGB by at most one level, then pixels stay as
+they are. Animations, floating-point pictures and pictures above ``MAX_PIXELS`` are refused. Masks are weights: their
+profile is ignored and transparent parts count as 0.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, cast
+
+import numpy as np
+from blake3 import blake3
+from PIL import Image, ImageCms, ImageFile
+
+from qflux.errors import UserError
+from qflux.io.digests import blake3_file
+from qflux.types import Resize, Size
+
+if TYPE_CHECKING:
+    from qflux.io.digests import DigestMemo
+
+Colour = tuple[int, int, int]
+
+MAX_PIXELS = 178_956_970  # half a gigabyte as RGB; larger headers are taken for decompression bombs
+FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "TIFF", "GIF")
+SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
+OTHER_SUFFIXES = frozenset({".gif", ".tif", ".tiff", ".heic", ".heif", ".avif", ".jxl", ".jp2", ".psd", ".svg", ".exr"})
+
+_ORIENTATION_TAG, _BITS_TAG, _SAMPLE_FORMAT_TAG = 0x0112, 258, 339
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_PROFILE_SPACES = {"RGB": "RGB ", "L": "GRAY", "CMYK": "CMYK"}
+_ADVICE = "replace the file or leave it out"
+
+
+@dataclass(eq=False)
+class ImageRef:
+    """A picture that has not been decoded: a file, or a function that returns the encoded bytes.
+
+    ``label`` names it in messages. Digest and size are computed once and kept; the bytes never are. ``memo`` spares
+    reading an unchanged file again for its digest.
+    """
+
+    label: str
+    path: Path | None = None
+    fetch: Callable[[], bytes] | None = None
+    memo: DigestMemo | None = field(default=None, repr=False)
+    _digest: str | None = field(default=None, repr=False)
+    _size: Size | None = field(default=None, repr=False)
+
+    @classmethod
+    def from_path(cls, path: Path | str, label: str | None = None, memo: DigestMemo | None = None) -> ImageRef:
+        """A picture in a file."""
+        return cls(label or str(path), path=Path(path), memo=memo)
+
+    @classmethod
+    def from_bytes(cls, data: bytes, label: str) -> ImageRef:
+        """A picture in memory."""
+        return cls(label, fetch=functools.partial(bytes, data))
+
+    @property
+    def digest(self) -> str:
+        """blake3 of the encoded bytes, hex. ``UserError`` where they cannot be read."""
+        if self._digest is None:
+            with _reasons(self.label):
+                if self.path is not None:
+                    self._digest = blake3_file(self.path, self.memo)
+                else:
+                    self._digest = blake3(self.read()).hexdigest()
+        return self._digest
+
+    @property
+    def size(self) -> Size:
+        """``(H, W)`` in pixels after the EXIF turn, from the header. ``UserError`` where it is no usable picture."""
+        if self._size is None:
+            with _opened(self) as image:
+                width, height = image.size
+                turned = _orientation(image) in (5, 6, 7, 8)
+                self._size = (width, height) if turned else (height, width)
+        return self._size
+
+    def read(self) -> bytes:
+        """The encoded bytes."""
+        with _reasons(self.label):
+            if self.path is not None:
+                return self.path.read_bytes()
+            assert self.fetch is not None
+            return self.fetch()
+
+
+def load_rgb(ref: ImageRef, background: Colour = (255, 255, 255)) -> Image.Image:
+    """Decode to RGB; transparent parts show ``background``. ``UserError`` names the picture and the reason."""
+    with _opened(ref) as opened:
+        turn, profile = _orientation(opened), opened.info.get("icc_profile")
+        image = _eight_bit(opened)
+        alpha = image.getchannel("A") if image.mode in ("RGBA", "LA") else None
+        if alpha is not None:
+            image = image.convert(image.mode[:-1])
+        image = _to_srgb(image, profile)
+        if alpha is not None:
+            image.putalpha(alpha)
+            image = Image.alpha_composite(Image.new("RGBA", image.size, (*background, 255)), image).convert("RGB")
+        return _turned(image, turn)
+
+
+def load_mask(ref: ImageRef) -> Image.Image:
+    """Decode to 8-bit grey (0 background, 255 foreground)."""
+    with _opened(ref) as opened:
+        turn = _orientation(opened)
+        image = _eight_bit(opened)
+        if image.mode in ("RGBA", "LA"):
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
+        return _turned(image.convert("L"), turn)
+
+
+def apply_resize(
+    image: Image.Image, resize: Resize, resample: Image.Resampling = Image.Resampling.LANCZOS
+) -> Image.Image:
+    """Cut ``resize.box`` out and scale it to ``resize.size``; the same call for target, controls and mask.
+
+    A box on whole pixels that has the wanted size already is cut without resampling.
+    """
+    height, width = resize.size
+    left, top, right, bottom = resize.box
+    if all(edge == int(edge) for edge in resize.box) and (right - left, bottom - top) == (width, height):
+        return image.crop((int(left), int(top), int(right), int(bottom)))
+    return image.resize((width, height), resample, box=resize.box)
+
+
+@contextmanager
+def _reasons(label: str) -> Iterator[None]:
+    """Turn whatever a decoder raises on a bad file into one line about that file."""
+    try:
+        yield
+    except UserError:
+        raise
+    except FileNotFoundError:
+        raise UserError(f"{label}: found no file, expected a picture; check the path") from None
+    except Image.DecompressionBombError:
+        raise UserError(_too_large(label, "a picture of more pixels than that")) from None
+    except Image.UnidentifiedImageError:
+        raise UserError(
+            f"{label}: found no picture that can be read, expected {', '.join(sorted(SUFFIXES))}; {_ADVICE}"
+        ) from None
+    except Exception as error:  # decoders raise nearly anything on damaged files
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{label}: found a damaged picture ({reason}), expected a whole one; {_ADVICE}") from error
+
+
+@contextmanager
+def _opened(ref: ImageRef) -> Iterator[Image.Image]:
+    """The opened, not yet decoded picture, after the checks that need its header only."""
+    # Our own pixel limit and error lines stand in for Pillow's warnings.
+    warnings.filterwarnings("ignore", module=r"PIL\..*")
+    with _reasons(ref.label):
+        source: IO[bytes] | Path = ref.path if ref.path is not None else io.BytesIO(ref.read())
+        with Image.open(source, formats=FORMATS) as image:
+            width, height = image.size
+            if width * height > MAX_PIXELS:
+                raise UserError(_too_large(ref.label, f"{height}x{width} (height x width)"))
+            if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:
+                frames = getattr(image, "n_frames", 1)
+                raise UserError(
+                    f"{ref.label}: found an animation of {frames} frames, expected a still picture; "
+                    "save one frame as png"
+                )
+            yield image
+
+
+def _too_large(label: str, found: str) -> str:
+    return f"{label}: found {found}, expected at most {MAX_PIXELS} pixels; scale the picture down"
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF orientation 1..8 of an opened picture, without decoding it."""
+    if image.format == "TIFF":
+        return 1  # Pillow turns TIFF itself, its size included
+    try:
+        if image.format == "PNG" and "exif" not in image.info:
+            late = _late_png_exif(cast(ImageFile.ImageFile, image).fp)
+            if late is not None:
+                image.info["exif"] = late
+        value = Image.Image.getexif(image).get(_ORIENTATION_TAG, 1)  # PNG's own getexif would decode the pixels
+    except Exception:  # damaged EXIF data say nothing about the turn
+        return 1
+    return value if value in _TURNS else 1
+
+
+def _late_png_exif(stream: IO[bytes] | None) -> bytes | None:
+    """The eXIf chunk of a PNG that carries it behind the pixels; the stream's position is kept."""
+    if stream is None:
+        return None
+    start = stream.tell()
+    try:
+        stream.seek(8)
+        while len(head := stream.read(8)) == 8 and head[4:] != b"IEND":
+            length = int.from_bytes(head[:4], "big")
+            if head[4:] == b"eXIf":
+                return b"Exif\x00\x00" + stream.read(length)
+            stream.seek(length + 4, io.SEEK_CUR)
+        return None
+    finally:
+        stream.seek(start)
+
+
+def _turned(image: Image.Image, orientation: int) -> Image.Image:
+    turn = _TURNS.get(orientation)
+    return image if turn is None else image.transpose(turn)
+
+
+def _eight_bit(image: Image.Image) -> Image.Image:
+    """Decode to L, LA, RGB, RGBA or CMYK with 8 bits a channel."""
+    high_byte_only = "16B" in str(cast(ImageFile.ImageFile, image).tile)
+    image.load()
+    mode = image.mode
+    if mode == "I" or mode.startswith("I;16"):
+        return _grey_from_integers(image)
+    clear = image.info.get("transparency")
+    if mode == "RGB" and high_byte_only and isinstance(clear, tuple):
+        image.info["transparency"] = tuple(value >> 8 for value in clear)
+    if mode in ("L", "RGB", "P", "1") and image.has_transparency_data:
+        return image.convert("RGBA")
+    plain = {"1": "L", "P": "RGB", "PA": "RGBA", "La": "LA", "RGBa": "RGBA", "YCbCr": "RGB", "RGBX": "RGB"}
+    if mode in ("L", "LA", "RGB", "RGBA", "CMYK"):
+        return image.copy()
+    if mode in plain:
+        return image.convert(plain[mode])
+    raise ValueError(f"its colour mode {mode} is not supported; save it as 8-bit RGB")
+
+
+def _grey_from_integers(image: Image.Image) -> Image.Image:
+    """Scale integer grey by its format's range, never by its content: the same grey stays the same in every file."""
+    values = np.asarray(image).astype(np.int64)
+    bits, signed = 16, False
+    tags = getattr(image, "tag_v2", None)
+    if tags is not None:
+        bits = int(tags.get(_BITS_TAG, (16,))[0])
+        signed = tags.get(_SAMPLE_FORMAT_TAG, (1,))[0] == 2
+        if not signed:
+            values &= (1 << bits) - 1
+    if values.min() < 0:
+        raise ValueError("it holds negative values; save it as 8-bit or 16-bit grey")
+    grey = Image.fromarray((values >> (bits - signed - 8)).astype(np.uint8))
+    clear = image.info.get("transparency")
+    if isinstance(clear, int):
+        grey.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
+    return grey
+
+
+def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
+    """``image`` (L, RGB or CMYK) as RGB, through its profile where that is usable and matters."""
+    transform = _transform(profile, image.mode) if profile else None
+    if transform is None:
+        return image.convert("RGB")
+    return cast(Image.Image, ImageCms.applyTransform(image, transform))
+
+
+@functools.lru_cache(maxsize=64)
+def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
+    """The transform of a profile to sRGB, or None where it is broken, of another colour space, or changes nothing."""
+    try:
+        opened = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if opened.profile.xcolor_space != _PROFILE_SPACES[mode]:
+            return None
+        transform = ImageCms.buildTransform(opened, ImageCms.createProfile("sRGB"), mode, "RGB")
+        if mode == "CMYK":
+            return transform
+        levels = np.linspace(0, 255, 16).round().astype(np.uint8)
+        probe = levels if mode == "L" else np.stack(np.meshgrid(levels, levels, levels), -1).reshape(-1, 64, 3)
+        before = Image.fromarray(np.atleast_2d(probe) if mode == "L" else probe)
+        after = cast(Image.Image, ImageCms.applyTransform(before, transform))
+    except (ImageCms.PyCMSError, OSError, TypeError, ValueError):
+        return None
+    moved = np.abs(np.asarray(after, dtype=int) - np.asarray(before.convert("RGB"), dtype=int)).max()
+    return transform if moved > 1 else None

@@ -1,0 +1,1 @@
+"""The tiny pretrained model and its data."""

@@ -1,0 +1,45 @@
+"""Errors that end a run with one line and a set exit code (DONE 0, bug 1)."""
+
+from __future__ import annotations
+
+DONE, BUG, USER, STOPPED, NO_SPACE, LOCKED = 0, 1, 2, 3, 74, 75
+
+
+class QfluxError(Exception):
+    """An expected failure: its text is the whole message, without a traceback."""
+
+    exit_code = USER
+
+
+class UserError(QfluxError):
+    """Config, data set or command line is wrong; all problems found are listed, one a line."""
+
+    def __init__(self, *problems: str) -> None:
+        self.problems = list(problems)
+        super().__init__("\n".join(problems))
+
+
+class RunStopped(QfluxError):
+    """The run stopped itself: non-finite values, out of memory, a lost peer."""
+
+    exit_code = STOPPED
+
+
+class NoSpace(QfluxError):
+    """The disk is full; the text names need and free space."""
+
+    exit_code = NO_SPACE
+
+
+class Locked(QfluxError):
+    """Another live process holds the run folder or the cache."""
+
+    exit_code = LOCKED
+
+
+class Interrupted(QfluxError):
+    """A signal asked the run to stop; a checkpoint was saved where there was something to save."""
+
+    def __init__(self, signal_number: int, text: str = "") -> None:
+        self.exit_code = 128 + signal_number
+        super().__init__(text or f"interrupted by signal {signal_number}")

@@ -1,0 +1,1 @@
+"""Files, digests, locks and progress."""

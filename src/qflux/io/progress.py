@@ -1,0 +1,105 @@
+"""Progress for people: a bar with rate and remaining time on a terminal, a few plain lines in a log file."""
+
+from __future__ import annotations
+
+import sys
+import time
+from datetime import timedelta
+from typing import Any
+
+_EVERY = 10.0  # seconds between plain lines
+_bars: list[Progress] = []
+
+
+def say(text: str) -> None:
+    """Print one plain line of ours to stdout, above a live bar if there is one."""
+    for bar in reversed(_bars):
+        if bar.print_above(text):
+            return
+    print(text, flush=True)
+
+
+def _shown(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+class Progress:
+    """A context manager that counts to ``total`` and shows rate and remaining time.
+
+    ``done`` is where an interrupted job goes on; the rate counts only what is added. On a terminal a bar, otherwise
+    plain lines such as ``caching 120/400  12.3/s  eta 0:00:23``: the first, the last and at most one in ten seconds.
+    """
+
+    def __init__(self, total: int, label: str, unit: str = "it", enabled: bool = True, done: int = 0) -> None:
+        self.total, self.label, self.done = total, label, done
+        self._unit = "" if unit == "it" else " " + unit
+        self._enabled = enabled and total > done
+        self._begin = done
+        self._fields: dict[str, object] = {}
+        self._start = self._last = time.monotonic()
+        self._printed = -1
+        self._bar: Any = None
+        self._task: Any = None
+
+    def __enter__(self) -> Progress:
+        self._start = time.monotonic()
+        if self._enabled and sys.stdout.isatty():
+            self._open_bar()
+        _bars.append(self)
+        return self
+
+    def _open_bar(self) -> None:
+        from rich import progress as rich
+
+        columns = [
+            rich.TextColumn("{task.description}"),
+            rich.BarColumn(),
+            rich.MofNCompleteColumn(),
+            rich.TextColumn("{task.fields[tail]}"),
+            rich.TimeElapsedColumn(),
+        ]
+        self._bar = rich.Progress(*columns, redirect_stdout=False, redirect_stderr=False)
+        self._task = self._bar.add_task(self.label, total=self.total, completed=self.done, tail="")
+        self._bar.start()
+
+    def print_above(self, text: str) -> bool:
+        """Print a line above the live bar; False when there is no bar."""
+        if self._bar is None:
+            return False
+        self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        return True
+
+    def advance(self, n: int = 1, **fields: object) -> None:
+        """Count ``n`` more; ``fields`` (loss=0.12, …) are shown behind the rate until they change."""
+        self.done += n
+        self._fields.update(fields)
+        if not self._enabled:
+            return
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self.done, tail=self._tail())
+            return
+        now = time.monotonic()
+        if self._printed < 0 or now - self._last >= _EVERY:
+            self._last = now
+            self._print_line()
+
+    def _tail(self) -> str:
+        seconds = time.monotonic() - self._start
+        rate = (self.done - self._begin) / seconds if seconds > 0 else 0.0
+        parts = [f"{rate:.1f}{self._unit}/s" if rate >= 1 else f"{rate:.3f}{self._unit}/s"]
+        if rate > 0 and self.done < self.total:
+            parts.append(f"eta {timedelta(seconds=round((self.total - self.done) / rate))}")
+        parts += [f"{name} {_shown(value)}" for name, value in self._fields.items()]
+        return "  ".join(parts)
+
+    def _print_line(self) -> None:
+        self._printed = self.done
+        say(f"{self.label} {self.done}/{self.total}  {self._tail()}")
+
+    def __exit__(self, *_: object) -> None:
+        _bars.remove(self)
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+        elif self._enabled and self.done > self._begin and self._printed != self.done:
+            self._print_line()

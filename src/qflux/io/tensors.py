@@ -1,0 +1,162 @@
+"""The one tensor writer: safetensors files whose bytes depend on nothing but names, values and metadata.
+
+Layout (the public safetensors format): 8 bytes little-endian length of the header, the header as JSON padded with
+spaces to a multiple of 8, then the tensors' bytes. Here the header's keys and the metadata's keys are sorted, and the
+tensors lie by falling item size, then by name, so that each one is aligned.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from qflux.errors import UserError
+from qflux.io import atomic
+
+_CODES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.complex64: "C64",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint64: "U64",
+    torch.uint32: "U32",
+    torch.uint16: "U16",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+_DTYPES = {code: dtype for dtype, code in _CODES.items()}
+_HEADER_LIMIT = 100_000_000  # bytes; the reference reader's limit
+_CHUNK = 64 << 20
+
+
+def _layout(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None) -> tuple[bytes, list[str]]:
+    """The length-prefixed header and the names in the order of their bytes."""
+    table: dict[str, object] = {}
+    if metadata:
+        for key, value in metadata.items():
+            if not isinstance(key, str) or not isinstance(value, str):
+                raise TypeError(f"safetensors metadata is text to text, got {key!r}: {value!r}")
+        table["__metadata__"] = dict(sorted(metadata.items()))
+    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    offsets, end = {}, 0
+    for name in order:
+        start, end = end, end + tensors[name].numel() * tensors[name].element_size()
+        offsets[name] = [start, end]
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        if name == "__metadata__" or tensor.dtype not in _CODES:
+            raise TypeError(f"tensor {name!r} of {tensor.dtype} cannot be stored in a safetensors file")
+        table[name] = {"dtype": _CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets[name]}
+    header = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header, order
+
+
+def _chunks(tensor: Tensor) -> Iterator[memoryview]:
+    """A tensor's bytes, little-endian and contiguous, without a second copy of the whole where it is on the CPU."""
+    flat = tensor.detach().to("cpu").contiguous().reshape(-1)
+    if not flat.numel():
+        return
+    view = flat.view(torch.uint8).numpy().data
+    for start in range(0, len(view), _CHUNK):
+        yield view[start : start + _CHUNK]
+
+
+def serialize(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> bytes:
+    """The bytes of a safetensors file; ``TypeError`` for a dtype the format does not know."""
+    header, order = _layout(tensors, metadata)
+    return b"".join([header, *(chunk for name in order for chunk in _chunks(tensors[name]))])
+
+
+def save_tensors(path: Path | str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file atomically with deterministic bytes, one tensor in memory at a time besides the inputs.
+
+    ``NoSpace`` when the disk is full, ``TypeError`` for a dtype the format does not know.
+    """
+    header, order = _layout(tensors, metadata)
+    need = len(header) + sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    with atomic.atomic_path(path, need) as temp, open(temp, "xb") as handle:
+        handle.write(header)
+        for name in order:
+            for chunk in _chunks(tensors[name]):
+                handle.write(chunk)
+
+
+def _parse_header(text: bytes | bytearray | memoryview) -> tuple[dict[str, dict], dict[str, str]]:
+    """The table of tensors and the metadata; ``ValueError`` when it is no header."""
+    table = json.loads(bytes(text))
+    if not isinstance(table, dict):
+        raise ValueError("the header is not an object")
+    metadata = table.pop("__metadata__", None) or {}
+    return table, {str(key): str(value) for key, value in metadata.items()}
+
+
+def _header_end(prefix: bytes | bytearray | memoryview, size: int) -> int:
+    length = int.from_bytes(prefix[:8], "little")
+    if size < 8 or length > min(size - 8, _HEADER_LIMIT):
+        raise ValueError(f"the header's length {length} does not fit a file of {size} bytes")
+    return 8 + length
+
+
+def _view(buffer: bytearray, base: int, entry: dict) -> Tensor:
+    """One tensor as a view of the buffer; ``ValueError`` when the entry does not fit it."""
+    dtype, shape, (start, end) = _DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
+    count = math.prod(shape)
+    if (
+        not 0 <= start <= end <= len(buffer) - base
+        or end - start != count * dtype.itemsize
+        or min(shape, default=0) < 0
+    ):
+        raise ValueError(f"offsets {start}..{end} do not fit shape {shape} of {entry['dtype']}")
+    if not count:
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(buffer, dtype=dtype, count=count, offset=base + start).view(shape)
+
+
+def parse(buffer: bytearray) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors (views that share ``buffer``) and metadata of a file's bytes; ``ValueError`` if broken."""
+    base = _header_end(buffer, len(buffer))
+    table, metadata = _parse_header(memoryview(buffer)[8:base])
+    try:
+        return {name: _view(buffer, base, entry) for name, entry in table.items()}, metadata
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"broken header: {error}") from error
+
+
+def load_tensors(path: Path | str) -> dict[str, Tensor]:
+    """All tensors of a safetensors file, on the CPU; ``UserError`` naming the file when it is missing or broken."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file") from error
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: not a readable safetensors file: {error}") from error
+
+
+def read_metadata(path: Path | str) -> dict[str, str]:
+    """The metadata of a safetensors file (empty if it has none), reading only its header; ``UserError`` if broken."""
+    try:
+        with open(path, "rb") as handle:
+            size = handle.seek(0, 2)
+            handle.seek(0)
+            end = _header_end(handle.read(8), size)
+            return _parse_header(handle.read(end - 8))[1]
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file") from error
+    except (ValueError, AttributeError, OSError) as error:
+        raise UserError(f"{path}: not a readable safetensors file: {error}") from error

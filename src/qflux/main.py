@@ -1,0 +1,116 @@
+"""The command line: parse → config → trainer → cache | fit | sample | check."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qflux.config import Config, load_config
+from qflux.errors import BUG, DONE, QfluxError, UserError
+from qflux.io.progress import say
+from qflux.runtime.signals import StopSignal, die_with_parent
+
+if TYPE_CHECKING:
+    from qflux.trainer.base_trainer import BaseTrainer
+
+GROUP = "qflux.trainers"
+
+
+def trainer_names() -> list[str]:
+    """Names of all registered trainers, this tree's and other packages'."""
+    return sorted(point.name for point in entry_points(group=GROUP))
+
+
+def import_trainer(config: Config) -> type[BaseTrainer]:
+    """The trainer class that ``train.trainer`` names; imports no other family."""
+    wanted = config.train.trainer
+    for point in entry_points(group=GROUP):
+        if point.name == wanted:
+            return point.load()
+    raise UserError(f"train.trainer: found {wanted!r}, expected one of {', '.join(trainer_names())}")
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Arguments; anything with ``=`` that is not an option is an override."""
+    parser = argparse.ArgumentParser(prog="qflux.main", description=__doc__)
+    parser.add_argument("--config", required=True, type=Path, metavar="RUN.yaml")
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--cache", action="store_true", help="encode everything and stop")
+    mode.add_argument("--sample", action="store_true", help="draw the validation samples")
+    mode.add_argument("--check", action="store_true", help="check config and data set, write a contact sheet")
+    parser.add_argument("--checkpoint", metavar="DIR", help="with --sample: a checkpoint or a run folder")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="with --sample and --check: where pictures go")
+    parser.add_argument("--json", action="store_true", help="with --check: print JSON")
+    parser.add_argument("--resume", metavar="auto|PATH", help="with training: continue a run")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="override values of the config")
+    args = parser.parse_intermixed_args(argv)
+    bad = [word for word in args.overrides if "=" not in word]
+    if bad:
+        parser.error(f"found {' '.join(bad)}, expected overrides of the form key.path=value")
+    return args
+
+
+def check(config: Config, trainer_class: type[BaseTrainer], args: argparse.Namespace) -> int:
+    """``--check``: every problem of the data set, counts per shape, a contact sheet; needs no torch."""
+    from qflux.data.check import check_data
+
+    out = args.out or Path(config.logging.output_dir) / config.logging.tracker_project_name
+    report = check_data(config.data, trainer_class.family, out_dir=out)
+    print(report.to_json() if args.json else report.text())
+    return DONE if report.ok else UserError.exit_code
+
+
+def run(args: argparse.Namespace, stop: StopSignal) -> int:
+    """One mode, from a valid config on; the config is read before anything heavy is imported."""
+    config = load_config(args.config, args.overrides)
+    trainer_class = import_trainer(config)
+    if args.check:
+        return check(config, trainer_class, args)
+    from qflux.models.loading import resolve_model, torch_dtype
+
+    components = [name for stage in trainer_class.family.stages for name in stage.components]
+    folder = resolve_model(
+        config.model.pretrained_model_name_or_path,
+        config.model.revision,
+        [*components, "scheduler", trainer_class.family.denoiser],
+    )
+    import torch
+
+    dtype = torch_dtype(config.train.mixed_precision if config.model.lora is not None else "no")
+    trainer = trainer_class(config, folder, dtype=dtype, device=torch.device("cpu"))
+    if args.cache:
+        trainer.cache(stop)
+    elif args.sample:
+        trainer.validate(stop, args.checkpoint, args.out)
+    else:
+        trainer.fit(stop, args.resume)
+    return DONE
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run and turn expected failures into one line and an exit code."""
+    args = parse(argv)
+    die_with_parent()
+    try:
+        with StopSignal() as stop:
+            return run(args, stop)
+    except QfluxError as error:
+        for line in str(error).splitlines():
+            print(line, file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        say("interrupted at once")
+        return 130
+    except Exception:
+        import traceback
+
+        traceback.print_exc()
+        return BUG
+
+
+if __name__ == "__main__":
+    sys.exit(main())

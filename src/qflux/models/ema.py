@@ -1,0 +1,67 @@
+"""Exponential moving average of the trained parameters, in fp32 on their own devices.
+
+diffusers' ``EMAModel`` is not used: it copies the parameters through the host to swap them, and overwrites the average
+with the parameters in the first update.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qflux.errors import UserError
+
+
+class Ema:
+    """``average ← d·average + (1 − d)·parameter`` after each step, with ``d = min(decay, (1 + n) / (10 + n))``.
+
+    ``n`` counts the updates, the present one included; the average starts at the parameters given.
+    """
+
+    def __init__(self, params: Mapping[str, nn.Parameter], decay: float) -> None:
+        self._params = dict(params)
+        self.decay = decay
+        self.updates = 0
+        self.average = {name: param.detach().to(torch.float32, copy=True) for name, param in self._params.items()}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Take the parameters in; waits for no device."""
+        self.updates += 1
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        torch._foreach_lerp_(self._averages(), [param.detach().float() for param in self._params.values()], 1.0 - decay)
+
+    def _averages(self) -> list[Tensor]:
+        return [self.average[name] for name in self._params]
+
+    @contextlib.contextmanager
+    def swapped(self) -> Iterator[None]:
+        """While inside, the parameters hold the average; afterwards their own values, bit for bit."""
+        params = list(self._params.values())
+        saved = [param.detach().clone() for param in params]
+        with torch.no_grad():
+            torch._foreach_copy_(params, self._averages())
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                torch._foreach_copy_(params, saved)
+
+    def state(self) -> dict[str, Any]:
+        """All a resume needs, as a tree of numbers and tensors (references, not copies)."""
+        return {"updates": self.updates, "average": dict(self.average)}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Go back to a ``state()``, bit for bit. Raises UserError when it is of other parameters."""
+        average = state["average"]
+        odd = sorted(self.average.keys() ^ average.keys())
+        odd += [name for name, own in self.average.items() if name in average and average[name].shape != own.shape]
+        if odd:
+            raise UserError(f"the checkpoint's EMA is of other parameters; {len(odd)} differ, e.g. {odd[0]}")
+        self.updates = int(state["updates"])
+        for name, own in self.average.items():
+            own.copy_(average[name])

@@ -1,0 +1,211 @@
+"""Checkpoints: a folder that is whole or not there.
+
+A checkpoint is staged beside its final name, its manifest is written last, everything is fsynced, one rename publishes
+it, and it is read back before older ones go. The bytes are a function of what is saved: no time, host or path.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from qflux.errors import NoSpace, RunStopped
+from qflux.io import atomic
+from qflux.io.digests import canonical_json, xxh3
+from qflux.io.progress import say
+from qflux.types import TrainState
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+STATE = "state.json"
+# ".old" is a complete checkpoint that was moved aside while its successor of the same step took its name.
+_NAME = re.compile(r"checkpoint-(\d{6,})(\.old\d*)?")
+
+
+def checkpoint_name(step: int) -> str:
+    """Folder name of the checkpoint made after optimizer step ``step``."""
+    return f"checkpoint-{step:06d}"
+
+
+def save_checkpoint(
+    run_dir: Path,
+    step: int,
+    writer: Callable[[Path], None],
+    identity: Mapping[str, Any],
+    limit: int | None,
+    state: TrainState | None = None,
+) -> Path:
+    """Write ``checkpoint-<step>`` into ``run_dir`` and rotate older ones; only one process may call this.
+
+    ``writer`` fills an empty folder; ``state.json`` (from ``state``) and ``manifest.json`` are added here. At most
+    ``limit`` checkpoints stay (None: all). Raises NoSpace when the disk is full, RunStopped when the new checkpoint
+    does not read back or its name is taken by a folder that is not ours; older ones are untouched then.
+    """
+    run_dir = Path(run_dir)
+    final = run_dir / checkpoint_name(step)
+    staged = atomic.temp_path(final)
+    try:
+        staged.mkdir()
+        writer(staged)
+        for name in (STATE, MANIFEST):
+            if (staged / name).exists():
+                raise ValueError(f"{name} belongs to save_checkpoint; the writer must use another name")
+        record = dataclasses.asdict(state or TrainState(step=step))
+        atomic.write_json(staged / STATE, {"format": FORMAT, **record, "step": step})
+        atomic.write_json(staged / MANIFEST, _manifest(staged, step, identity))
+        _publish(staged, final)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise NoSpace(f"{final}: no space left; {shutil.disk_usage(run_dir).free} bytes are free") from error
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+    problems = verify_checkpoint(final)
+    if problems:
+        raise RunStopped(f"{final} does not read back as it was written", *problems)
+    _rotate(run_dir, step, limit)
+    return final
+
+
+def verify_checkpoint(path: Path) -> list[str]:
+    """Problems of a checkpoint, one line each; empty when every file has the size and digest of the manifest."""
+    path = Path(path)
+    try:
+        manifest = read_manifest(path)
+    except (OSError, ValueError) as error:
+        return [f"{path / MANIFEST}: {_reason(error)}"]
+    problems = []
+    for name, expected in manifest["files"].items():
+        try:
+            file = path / name
+            size = file.stat().st_size
+            if size != expected["size"]:
+                problems.append(f"{file}: {size} bytes, the manifest says {expected['size']}")
+            elif xxh3(file) != expected["xxh3"]:
+                problems.append(f"{file}: its bytes are not the ones that were written (xxh3 differs)")
+        except OSError as error:
+            problems.append(f"{path / name}: {_reason(error)}")
+    return problems
+
+
+def find_checkpoint(run_dir: Path) -> Path | None:
+    """The newest checkpoint of a run that verifies; damaged ones are reported and left where they are."""
+    for path in reversed(list_checkpoints(run_dir)):
+        problems = verify_checkpoint(path)
+        if not problems:
+            return path
+        say(f"{path.name} is damaged and is not used: {problems[0]}")
+    return None
+
+
+def list_checkpoints(run_dir: Path) -> list[Path]:
+    """Folders named like checkpoints, oldest step first, not verified."""
+    found = []
+    for path in Path(run_dir).iterdir() if Path(run_dir).is_dir() else ():
+        match = _NAME.fullmatch(path.name)
+        if match and path.is_dir():
+            found.append((int(match[1]), match[2] is None, path))
+    return [path for _, _, path in sorted(found)]
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint folder; ValueError when it is not one of ours or was altered."""
+    manifest = json.loads((Path(path) / MANIFEST).read_text(encoding="utf-8"))
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise ValueError(f"not a checkpoint manifest of format {FORMAT}")
+    if manifest.get("xxh3") != _manifest_digest(manifest):
+        raise ValueError("its content is not the one that was written (xxh3 differs)")
+    for name in manifest["files"]:
+        parts = PurePosixPath(name)
+        if parts.is_absolute() or ".." in parts.parts:
+            raise ValueError(f"a file outside the checkpoint is listed: {name}")
+    return manifest
+
+
+def read_state(path: Path) -> TrainState:
+    """The TrainState saved in a checkpoint folder."""
+    record = json.loads((Path(path) / STATE).read_text(encoding="utf-8"))
+    return TrainState(**{field.name: record[field.name] for field in dataclasses.fields(TrainState)})
+
+
+def _manifest(folder: Path, step: int, identity: Mapping[str, Any]) -> dict[str, Any]:
+    files = {name: {"size": (folder / name).stat().st_size, "xxh3": xxh3(folder / name)} for name in _files(folder)}
+    manifest = {"format": FORMAT, "step": step, "files": files, "identity": dict(identity)}
+    return {**manifest, "xxh3": _manifest_digest(manifest)}
+
+
+def _manifest_digest(manifest: Mapping[str, Any]) -> str:
+    content = {key: value for key, value in manifest.items() if key != "xxh3"}
+    return xxh3(canonical_json(content).encode())
+
+
+def _files(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir())
+
+
+def _publish(staged: Path, final: Path) -> None:
+    """Rename ``staged`` to ``final``; a checkpoint of ours that has this name stays valid until the new one stands."""
+    if not os.path.lexists(final):
+        atomic.publish_dir(staged, final)
+        return
+    if final.is_symlink() or not _is_ours(final):
+        raise RunStopped(f"{final} exists and is not a checkpoint of this run; move it away and resume")
+    if (staged / MANIFEST).read_bytes() == (final / MANIFEST).read_bytes() and not verify_checkpoint(final):
+        return
+    count = 0
+    while os.path.lexists(aside := final.with_name(f"{final.name}.old{count or ''}")):
+        count += 1
+    os.rename(final, aside)
+    atomic.publish_dir(staged, final)
+    _remove(aside)
+
+
+def _rotate(run_dir: Path, step: int, limit: int | None) -> None:
+    """Remove the oldest checkpoints of ours until ``limit`` are left; the one of ``step`` was just verified and stays.
+
+    Folders of later steps (left by a run that was set back) are not counted and not touched.
+    """
+    newest = run_dir / checkpoint_name(step)
+    numbered = [(int(_NAME.fullmatch(path.name)[1]), path) for path in list_checkpoints(run_dir)]  # type: ignore[index]
+    older = [path for number, path in numbered if number <= step and path != newest and _is_ours(path)]
+    superseded = [path for path in older if path.suffix]
+    rest = [path for path in older if path not in superseded]
+    surplus = rest[: max(0, len(rest) - max(limit - 1, 0))] if limit is not None else []
+    for path in superseded + surplus:
+        _remove(path)
+
+
+def _is_ours(path: Path) -> bool:
+    """Nothing else puts a manifest into a folder of that name; a damaged one counts."""
+    return not path.is_symlink() and (path / MANIFEST).is_file()
+
+
+def _remove(path: Path) -> None:
+    """Remove a checkpoint we wrote; it stays when it holds a file that its manifest does not list."""
+    try:
+        listed = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]
+        foreign = set(_files(path)) - set(listed) - {MANIFEST}
+    except (OSError, ValueError, KeyError, TypeError):
+        say(f"{path.name} stays: its manifest is damaged")
+        return
+    if foreign:
+        say(f"{path.name} stays: it holds files that are not of the checkpoint ({', '.join(sorted(foreign)[:3])})")
+        return
+    doomed = atomic.temp_path(path)
+    os.rename(path, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, FileNotFoundError):
+        return "missing"
+    if isinstance(error, OSError):
+        return error.strerror or type(error).__name__
+    return f"unreadable ({error})"

@@ -1,0 +1,282 @@
+"""A run's folder ``<output_dir>/<project>/v<K>``: made new, or found again and continued in place.
+
+No folder is ever emptied. While a run lives it holds the folder's lock; ``run.json`` tells scripts what it is and how
+it ended (``exit_code`` is null while it runs and after a crash).
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+import re
+import subprocess
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from qflux.config import dump_config
+from qflux.errors import DONE, UserError
+from qflux.io import atomic
+from qflux.io.locks import hold
+from qflux.io.progress import say
+from qflux.runtime.checkpoint import MANIFEST, find_checkpoint, read_manifest, verify_checkpoint
+from qflux.runtime.tracking import METRICS, trim_metrics
+
+FORMAT = 1
+RECORD = "run.json"
+LOCK = ".lock"
+_PACKAGES = ("qflux", "torch", "diffusers", "transformers", "peft", "accelerate")
+_ABSENT = "(absent)"
+
+
+@dataclass
+class RunFolder:
+    """An open run folder; holds its lock until ``finish`` or ``close``.
+
+    ``checkpoint`` is where training continues from (None: from nothing) and ``step`` its step (0: from nothing).
+    """
+
+    path: Path
+    checkpoint: Path | None
+    step: int
+    record: dict[str, Any]
+    _held: ExitStack = field(default_factory=ExitStack)
+
+    def note(self, text: str) -> None:
+        """Add a line to ``notes`` in run.json: what users of the result must know."""
+        if text not in self.record["notes"]:
+            self.record["notes"].append(text)
+            atomic.write_json(self.path / RECORD, self.record)
+
+    def finish(self, exit_code: int, reason: str, step: int) -> None:
+        """Write how the run ended into run.json and let the lock go."""
+        try:
+            self.record.update(exit_code=exit_code, reason=reason, step=step)
+            atomic.write_json(self.path / RECORD, self.record)
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Let the lock go; may be called twice."""
+        self._held.close()
+
+    def __enter__(self) -> RunFolder:
+        """Itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Let the lock go."""
+        self.close()
+
+
+def open_run(
+    config: Any,
+    identity: Mapping[str, Any],
+    resume: str | Path | None = None,
+    *,
+    device: str = "cpu",
+    data: str | None = None,
+    notes: Sequence[str] = (),
+) -> RunFolder:
+    """The folder of this run, locked, with config.yaml and run.json written; only one process may call this.
+
+    ``identity`` (JSON values) holds all that must be equal for a resume; keys that may change are not in it.
+    ``resume`` None makes v<K+1>. ``auto`` continues the newest folder that is unfinished, or finished with fewer
+    ``max_train_steps``, and of equal identity; there is none: a new folder. A path names a run folder (continued in
+    place) or a checkpoint: in place when it is its run's newest, else in a new folder that keeps the metrics up to it.
+    Raises UserError (identity differs, no such checkpoint), Locked (the run lives), NoSpace.
+    """
+    wanted = json.loads(json.dumps(identity))
+    root = Path(config.logging.output_dir) / config.logging.tracker_project_name
+    folder: Path | None = None
+    checkpoint: Path | None = None
+    if resume == "auto":
+        folder = _choose(root, wanted, config.train.max_train_steps)
+    elif resume is not None:
+        folder, checkpoint = _explicit(Path(resume), wanted)
+    in_place = folder is not None
+    folder = folder or _make_next(root)
+    with ExitStack() as stack:
+        stack.enter_context(hold(folder / LOCK, f"the run folder {folder}"))
+        atomic.sweep(folder)
+        if in_place:
+            checkpoint = checkpoint or find_checkpoint(folder)
+        step = _checkpoint_step(checkpoint, wanted)
+        _prepare_metrics(folder, checkpoint, step)
+        atomic.write_text(folder / "config.yaml", dump_config(config))
+        record = _record(config, wanted, device, data, step, notes)
+        atomic.write_json(folder / RECORD, record)
+        return RunFolder(folder, checkpoint, step, record, stack.pop_all())
+
+
+def run_folders(root: Path) -> list[Path]:
+    """The folders v1, v2, … of a project, oldest first."""
+    found = [(int(match[1]), path) for path in _entries(root) if (match := re.fullmatch(r"v(\d+)", path.name))]
+    return [path for _, path in sorted(found) if path.is_dir()]
+
+
+def read_record(folder: Path) -> dict[str, Any] | None:
+    """run.json of a folder; None when it is missing or not readable."""
+    try:
+        record = json.loads((Path(folder) / RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def identity_differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    """One line a key whose value differs, by dotted name with both values."""
+    old, new = dict(_leaves(there)), dict(_leaves(here))
+    keys = [key for key in sorted(old | new) if old.get(key, _ABSENT) != new.get(key, _ABSENT)]
+    return [f"  {key}: {_shown(old, key)} there, {_shown(new, key)} now" for key in keys]
+
+
+def _choose(root: Path, identity: Mapping[str, Any], max_steps: int) -> Path | None:
+    """The folder ``--resume auto`` continues; UserError when only folders of another identity could be."""
+    refused: tuple[Path, list[str]] | None = None
+    for folder in reversed(run_folders(root)):
+        record = read_record(folder)
+        if record is None:
+            if not _foreign_entries(folder):
+                return folder
+            say(f"{folder} has no readable {RECORD} and is not continued")
+            continue
+        if record.get("exit_code") == DONE and record.get("max_train_steps", 0) >= max_steps:
+            continue
+        differences = identity_differences(record.get("identity", {}), identity)
+        if not differences:
+            return folder
+        refused = refused or (folder, differences)
+    if refused:
+        raise _differs(*refused)
+    return None
+
+
+def _explicit(path: Path, identity: Mapping[str, Any]) -> tuple[Path | None, Path | None]:
+    """(folder to continue in place, or None for a new one; checkpoint, or None for the newest of that folder)."""
+    if (path / MANIFEST).is_file():
+        path = path.resolve()
+        problems = verify_checkpoint(path)
+        if problems:
+            raise UserError(f"--resume {path}: the checkpoint is damaged; name another or use --resume auto", *problems)
+        _checkpoint_step(path, identity)
+        newest = find_checkpoint(path.parent) if (path.parent / RECORD).is_file() else None
+        return (path.parent if newest == path else None), path
+    record = read_record(path)
+    if record is None:
+        found = "it has neither run.json nor manifest.json" if path.is_dir() else "there is no such folder"
+        raise UserError(f"--resume {path}: {found}; expected auto, a folder v<K> of a run, or a checkpoint in one")
+    differences = identity_differences(record.get("identity", {}), identity)
+    if differences:
+        raise _differs(path, differences)
+    return path.resolve(), None
+
+
+def _differs(folder: Path, differences: list[str]) -> UserError:
+    return UserError(
+        f"--resume: {folder} was made with other settings or data; a resume must be the same run, but these differ:",
+        *differences,
+        "put the old values back (its config.yaml has them), or start a new run without --resume",
+    )
+
+
+def _checkpoint_step(checkpoint: Path | None, identity: Mapping[str, Any]) -> int:
+    if checkpoint is None:
+        return 0
+    manifest = read_manifest(checkpoint)
+    differences = identity_differences(manifest["identity"], identity)
+    if differences:
+        raise _differs(checkpoint, differences)
+    return manifest["step"]
+
+
+def _prepare_metrics(folder: Path, checkpoint: Path | None, step: int) -> None:
+    """One line per logged step, ever: lines after the checkpoint go, all of them where there is no checkpoint."""
+    own = folder / METRICS
+    if checkpoint is not None and checkpoint.parent != folder and (checkpoint.parent / METRICS).is_file():
+        atomic.write_bytes(own, (checkpoint.parent / METRICS).read_bytes())
+    trim_metrics(own, step if checkpoint is not None else -1)
+
+
+def _make_next(root: Path) -> Path:
+    """Make v<K+1>; making a folder is exclusive, so runs that start at the same time never share one."""
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        while True:
+            numbers = [int(match[1]) for path in _entries(root) if (match := re.fullmatch(r"v(\d+)", path.name))]
+            folder = root / f"v{max(numbers, default=0) + 1}"
+            try:
+                folder.mkdir()
+            except FileExistsError:
+                continue
+            return folder
+    except (PermissionError, NotADirectoryError, FileExistsError) as error:
+        raise UserError(
+            f"logging.output_dir: cannot make a run folder in {root} ({error.strerror}); name a folder you may write to"
+        ) from error
+
+
+def _record(
+    config: Any, identity: Mapping[str, Any], device: str, data: str | None, step: int, notes: Sequence[str]
+) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "versions": versions(),
+        "commit": _commit(),
+        "device": device,
+        "data": data,
+        "seed": config.train.seed,
+        "trainer": config.train.trainer,
+        "max_train_steps": config.train.max_train_steps,
+        "identity": dict(identity),
+        "notes": list(notes),
+        "started_step": step,
+        "exit_code": None,
+        "reason": None,
+        "step": step,
+    }
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of Python, qflux and the libraries under it, read without importing them; null: not installed."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def _commit() -> str | None:
+    """Commit of the checkout that this file is tracked in; None for an installed package."""
+    here = Path(__file__).resolve()
+    git = ["git", "-C", str(here.parent)]
+    try:
+        for command in (["ls-files", "--error-unmatch", here.name], ["rev-parse", "HEAD"]):
+            done = subprocess.run(git + command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def _entries(root: Path) -> list[Path]:
+    return list(root.iterdir()) if root.is_dir() else []
+
+
+def _foreign_entries(folder: Path) -> list[str]:
+    ours = (LOCK, atomic.TEMP_PREFIX)
+    return [path.name for path in _entries(folder) if not path.name.startswith(ours)]
+
+
+def _leaves(tree: Any, name: str = "") -> list[tuple[str, Any]]:
+    if isinstance(tree, Mapping) and tree:
+        return [leaf for key, value in tree.items() for leaf in _leaves(value, f"{name}.{key}" if name else str(key))]
+    return [(name, tree)]
+
+
+def _shown(leaves: Mapping[str, Any], key: str) -> str:
+    return json.dumps(leaves[key]) if key in leaves else _ABSENT

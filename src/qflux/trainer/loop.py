@@ -1,0 +1,238 @@
+"""The training loop: steps in, checkpoints out."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from qflux.data.dataset import EditDataset
+from qflux.data.feeder import feed, to_device
+from qflux.data.order import Order
+from qflux.errors import Interrupted, QfluxError, RunStopped
+from qflux.io.progress import Progress, say
+from qflux.models.optimizers import guarded_step
+from qflux.parallel.placement import Placement
+from qflux.runtime.checkpoint import save_checkpoint
+from qflux.runtime.report import write_report
+from qflux.runtime.run_folder import RunFolder, open_run
+from qflux.runtime.signals import StopSignal
+from qflux.runtime.tracking import Tracker
+from qflux.trainer import setup
+from qflux.trainer.encoding import SampleReader, digest_memo, ensure_cached
+from qflux.trainer.sampling import Validation
+from qflux.trainer.state import Weights, read_weights, write_weights
+from qflux.types import Batch, Step
+
+if TYPE_CHECKING:
+    from qflux.trainer.base_trainer import BaseTrainer
+
+
+@dataclass
+class Run:
+    """A run that is ready for its next step."""
+
+    trainer: BaseTrainer
+    place: Placement
+    folder: RunFolder
+    dataset: EditDataset
+    reader: SampleReader
+    order: Order
+    model: nn.Module
+    weights: Weights
+    shift: setup.Shift
+    tracker: Tracker
+    validation: Validation
+    stop: StopSignal
+    identity: dict[str, Any]
+    skips: FiniteWatch
+    saved: int = field(default=-1)
+
+    def validate(self) -> None:
+        """Samples and held-out loss of the step just made."""
+        self.validation.run(self.weights, self.tracker, self.folder.path)
+
+    def save(self) -> Path:
+        """A checkpoint of the step just made; nothing non-finite is ever saved."""
+        self.skips.check()
+        weights, state = self.weights, self.weights.state
+        info = setup.adapter_info(self.trainer, self.dataset, state.step)
+        path = save_checkpoint(
+            self.folder.path,
+            state.step,
+            lambda folder: write_weights(folder, self.trainer, weights, info),
+            self.identity,
+            self.trainer.config.train.checkpoints_total_limit,
+            state,
+        )
+        self.saved = state.step
+        return path
+
+
+class FiniteWatch:
+    """Reads the finite-loss flag of a step one step later, so that no step waits for the device."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit, self.row = limit, 0
+        self._pending: tuple[Tensor, int, list[Batch]] | None = None
+
+    def put(self, finite: Tensor, step: int, batches: list[Batch]) -> None:
+        """Note the flag of ``step``, and judge the one before."""
+        self.check()
+        self._pending = (finite.to("cpu", non_blocking=True), step, batches)
+
+    def check(self) -> None:
+        """Judge the noted flag: name the step and its samples, stop after too many in a row."""
+        if self._pending is None:
+            return
+        (flag, step, batches), self._pending = self._pending, None
+        if bool(flag):
+            self.row = 0
+            return
+        self.row += 1
+        indices = sorted({index for batch in batches for index in batch.index})
+        say(f"step {step}: loss or gradient is not finite, its update was left out; samples {indices}")
+        if self.row > self.limit:
+            raise RunStopped(
+                f"train.max_skipped_steps: {self.row} steps in a row were not finite, allowed {self.limit}; lower "
+                "train.optimizer.lr, use bf16 in place of fp16, or look at the samples named above"
+            )
+
+
+def fit(trainer: BaseTrainer, stop: StopSignal, resume: str | None) -> None:
+    """Set up, train, and close the run's books however it ends."""
+    place = Placement(trainer.config.train.mixed_precision)
+    trainer.device = place.device
+    memo = digest_memo(trainer)
+    datasets = setup.open_datasets(trainer, memo)
+    batch = setup.samples_per_step(trainer, place.processes)
+    identity = setup.run_identity(trainer, datasets[0], memo, batch)
+    memo.save()
+    folder = open_run(trainer.config, identity, resume, device=str(place.device), data=datasets[0].fingerprint())
+    say(f"run folder {folder.path}")
+    code, reason, step = 1, "ended by a bug", folder.step
+    run: Run | None = None
+    try:
+        run = _build(trainer, place, folder, datasets, memo, identity, stop)
+        _train(run)
+        code, reason = 0, "done"
+    except QfluxError as error:
+        code, reason = error.exit_code, str(error)
+        raise
+    except KeyboardInterrupt:
+        code, reason = 130, "interrupted twice"
+        raise
+    finally:
+        if run is not None:
+            step = run.weights.state.step
+            run.tracker.close()
+        folder.finish(code, reason, step)
+        if run is not None:
+            say(f"report {write_report(folder.path)}")
+
+
+def _build(
+    trainer: BaseTrainer,
+    place: Placement,
+    folder: RunFolder,
+    datasets: list[EditDataset],
+    memo: Any,
+    identity: dict[str, Any],
+    stop: StopSignal,
+) -> Run:
+    config = trainer.config
+    cache = setup.open_cache(trainer, memo)
+    if cache is not None:
+        for dataset in datasets:
+            ensure_cached(trainer, cache, dataset, stop)
+    held_out = SampleReader(trainer, datasets[1], cache) if len(datasets) > 1 else None
+    shift = setup.Shift.of(trainer)
+    validation = Validation.of(trainer, cache, held_out, stop)
+    batch = setup.samples_per_step(trainer, place.processes)
+    model, weights = setup.make_weights(trainer, place, batch)
+    if folder.checkpoint is not None:
+        read_weights(folder.checkpoint, trainer, weights)
+        say(f"resumed from {folder.checkpoint.name}")
+    reader = SampleReader(trainer, datasets[0], cache, config.data.caption_dropout_rate)
+    return Run(
+        trainer, place, folder, datasets[0], reader,
+        setup.make_order(trainer, datasets[0], place, weights.state.batch), model, weights, shift,
+        Tracker(folder.path, config, place.main, weights.state.step), validation, stop, identity,
+        FiniteWatch(config.train.max_skipped_steps), saved=weights.state.step if folder.checkpoint else -1,
+    )  # fmt: skip
+
+
+def _train(run: Run) -> None:
+    """From the state's step to ``max_train_steps``: each pass is one optimizer step."""
+    config, state = run.trainer.config, run.weights.state
+    total, every = config.train.max_train_steps, config.logging.validation.steps
+    workers = 0 if run.reader.cache is None else config.data.num_workers
+    steps = islice(run.order.steps(state.step), max(0, total - state.step))
+    if state.step == 0 and every:
+        run.validate()
+    with Progress(total, "training", "step", enabled=run.place.main, done=state.step) as bar:
+        for step, batches in feed(steps, run.reader.read, workers):
+            if run.place.any(run.stop.asked):
+                break
+            began = time.perf_counter()
+            learning_rate = run.weights.schedule.lr()
+            loss, norm, finite = optimizer_step(run, step, batches)
+            state.step, state.samples = state.step + 1, state.samples + state.batch
+            run.skips.put(finite, state.step, batches)
+            if state.step % config.logging.logging_steps == 0 or state.step == total:
+                values = _metrics(run, loss, norm, finite, learning_rate, time.perf_counter() - began)
+                run.tracker.log(state.step, **values)
+                bar.advance(loss=values["loss"], lr=learning_rate, samples_s=values["samples_per_second"])
+            else:
+                bar.advance()
+            if every and (state.step % every == 0 or state.step == total):
+                run.validate()
+            if state.step % config.train.checkpointing_steps == 0 or state.step == total:
+                run.save()
+    if run.saved != state.step and state.step > 0:
+        run.save()
+    if state.step < total:
+        number = run.stop.number or 15
+        raise Interrupted(number, f"interrupted at step {state.step} of {total}; go on with --resume auto")
+
+
+def optimizer_step(run: Run, step: Step, batches: list[Batch]) -> tuple[Tensor, Tensor, Tensor]:
+    """One optimizer step: (mean loss over the step's samples, gradient norm, finite), all on the device."""
+    place, weights = run.place, run.weights
+    total = torch.zeros((), device=place.device)
+    for k, (micro, batch) in enumerate(zip(step.micros, batches, strict=True)):
+        with place.sync_only_at(k == len(batches) - 1):
+            on_device = to_device(batch, place.device)
+            shift = run.shift(batch.sizes.target.size)
+            loss = run.trainer.step(run.model, on_device, weights.state.seed, shift).mean() * micro.share
+            place.backward(loss)
+        total += loss.detach()
+    parameters = list(weights.params.values())
+    norm = place.clip(parameters, run.trainer.config.train.max_grad_norm)
+    finite = torch.isfinite(norm) & torch.isfinite(total)
+    guarded_step(weights.optimizer, parameters, finite)
+    weights.optimizer.zero_grad(set_to_none=True)
+    weights.schedule.tick()
+    if weights.ema is not None:
+        weights.ema.update()
+    return total, norm, finite
+
+
+def _metrics(run: Run, loss: Tensor, norm: Tensor, finite: Tensor, rate: float, seconds: float) -> dict[str, Any]:
+    """One logged step; the only place of the loop that waits for the device."""
+    state = run.weights.state
+    values = run.place.mean(torch.stack([loss, norm.to(loss), finite.to(loss)])).tolist()
+    return {
+        "epoch": state.samples / len(run.dataset),
+        "samples": state.samples,
+        "loss": values[0],
+        "grad_norm": values[1],
+        "lr": rate,
+        "samples_per_second": state.batch / max(seconds, 1e-9),
+        "skipped": int(values[2] < 1),
+    }

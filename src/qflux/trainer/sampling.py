@@ -1,0 +1,143 @@
+"""Validation while training, and ``--sample``: which samples are drawn, with which weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from qflux.data.dataset import sample_from_config
+from qflux.errors import UserError
+from qflux.io.progress import say
+from qflux.models import adapters
+from qflux.models.optimizers import eval_mode
+from qflux.runtime.checkpoint import find_checkpoint, verify_checkpoint
+from qflux.trainer.encoding import Encoder, cache_manager, digest_memo, fill_cache, text_stages
+from qflux.trainer.state import Weights
+from qflux.types import EditSample
+from qflux.validation.held_out import HeldOut
+from qflux.validation.validation_sampler import ValidationSampler
+
+if TYPE_CHECKING:
+    from qflux.data.cache_manager import CacheManager
+    from qflux.runtime.signals import StopSignal
+    from qflux.runtime.tracking import Tracker
+    from qflux.trainer.base_trainer import BaseTrainer
+    from qflux.trainer.encoding import SampleReader
+
+TextSample = tuple[EditSample, dict[str, torch.Tensor]]
+
+
+def validation_samples(trainer: BaseTrainer, cache: CacheManager | None, stop: StopSignal) -> list[TextSample]:
+    """The config's validation samples with their encoded text (from the cache where there is one)."""
+    pairs = [
+        sample_from_config(sample, trainer.config.data, trainer.family, f"sample-{i}")
+        for i, sample in enumerate(trainer.config.logging.validation.samples)
+    ]
+    if cache is None:
+        encoder = Encoder(trainer)
+        return [(sample, encoder.text_only(sample).text) for _, sample in pairs]
+    texts = text_stages(cache)
+    specs = [spec for spec, _ in pairs]
+    fill_cache(trainer, texts, specs, lambda i: pairs[i][1], stop=stop)
+    return [(sample, texts.get(spec).text) for spec, sample in pairs]
+
+
+def make_sampler(trainer: BaseTrainer, samples: Sequence[TextSample]) -> ValidationSampler:
+    """The sampler with the components that drawing needs besides the network."""
+    components = {name: trainer.load(name) for name in ("vae", "scheduler")}
+    components["vae"].to(trainer.device)
+    return ValidationSampler(trainer, samples, components)
+
+
+@dataclass
+class Validation:
+    """Everything that looks at a run without changing it."""
+
+    trainer: BaseTrainer
+    sampler: ValidationSampler | None
+    held_out: HeldOut | None
+    stop: StopSignal
+
+    @classmethod
+    def of(
+        cls, trainer: BaseTrainer, cache: CacheManager | None, reader: SampleReader | None, stop: StopSignal
+    ) -> Validation:
+        """Prepare what ``logging.validation`` asks for; nothing is loaded where ``steps`` is null."""
+        from qflux.trainer.setup import Shift
+
+        settings = trainer.config.logging.validation
+        if settings.steps is None:
+            return cls(trainer, None, None, stop)
+        samples = validation_samples(trainer, cache, stop)
+        held_out = None if reader is None else HeldOut(trainer, reader.read, len(reader.dataset), Shift.of(trainer))
+        return cls(trainer, make_sampler(trainer, samples) if samples else None, held_out, stop)
+
+    def run(self, weights: Weights, tracker: Tracker, folder: Path) -> None:
+        """Draw and measure with the weights users will get: EMA or averaged ones when on, rounded as loaders round."""
+        step = weights.state.step
+        with ExitStack() as stack:
+            stack.enter_context(eval_mode(weights.optimizer))
+            if weights.ema is not None:
+                stack.enter_context(weights.ema.swapped())
+            stack.enter_context(adapters.rounded_copy(weights.model, self.trainer.dtype))
+            if self.held_out is not None and (measured := self.held_out.measure(weights.model)):
+                tracker.log_held_out(step, *measured)
+            if self.sampler is not None:
+                out = folder / "samples" / f"step-{step:06d}"
+                tracker.log_images(step, self.sampler.draw(weights.model, out, self.stop))
+
+
+def draw_samples(trainer: BaseTrainer, stop: StopSignal, checkpoint: str | None, out: Path | None) -> Path:
+    """``--sample``: draw the config's samples with a checkpoint's adapter, or with the bare model."""
+    from qflux.parallel.placement import Placement
+
+    trainer.device = Placement(trainer.config.train.mixed_precision).device
+    settings = trainer.config.logging
+    if not settings.validation.samples:
+        raise UserError("logging.validation.samples: found none, expected at least one {prompt, controls} to draw")
+    folder = _find_weights(trainer, checkpoint)
+    memo = digest_memo(trainer)
+    cache = cache_manager(trainer, memo) if trainer.config.cache.use_cache else None
+    samples = validation_samples(trainer, cache, stop)
+    model = load_trained(trainer, folder).to(trainer.device)
+    out = out or Path(settings.output_dir) / settings.tracker_project_name / "samples"
+    say(f"drawing {len(samples)} samples with {folder if folder else 'the bare model'} into {out}")
+    with adapters.rounded_copy(model, trainer.dtype):
+        make_sampler(trainer, samples).draw(model, out, stop, fenced=False)
+    return out
+
+
+def _find_weights(trainer: BaseTrainer, checkpoint: str | None) -> Path | None:
+    """A checkpoint folder, a run's newest checkpoint, or None for the bare model."""
+    if checkpoint is None:
+        return None
+    path = Path(checkpoint)
+    if (path / "manifest.json").is_file():
+        problems = verify_checkpoint(path)
+        if problems:
+            raise UserError(*(f"{path}: {problem}" for problem in problems))
+        return path
+    found = find_checkpoint(path) if path.is_dir() else None
+    if found is None and not (path / adapters.WEIGHTS_FILE).is_file():
+        raise UserError(f"--checkpoint: found no checkpoint at {path}, expected a checkpoint folder or a run's folder")
+    return found or path
+
+
+def load_trained(trainer: BaseTrainer, folder: Path | None) -> Any:
+    """The network with a checkpoint's weights; EMA weights where the checkpoint has them."""
+    model = trainer.load(trainer.family.denoiser)
+    if folder is None:
+        return model
+    folder = folder / "ema" if (folder / "ema").is_dir() else folder
+    lora = trainer.config.model.lora
+    if lora is None:
+        adapters.load_full(folder, model, trainer.family.denoiser)
+    else:
+        adapters.add_adapter(model, lora, trainer.family, trainer.config.train.seed)
+        adapters.load_adapter(folder / adapters.WEIGHTS_FILE, model)
+    return model

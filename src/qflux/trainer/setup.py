@@ -1,0 +1,172 @@
+"""From a config to a run that is ready for its first step, in the order that finds errors early."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from qflux import __version__
+from qflux.data.cache_manager import CacheManager
+from qflux.data.dataset import EditDataset, open_dataset
+from qflux.data.order import Order
+from qflux.errors import UserError
+from qflux.io.digests import DigestMemo
+from qflux.io.progress import say
+from qflux.models import adapters
+from qflux.models.ema import Ema
+from qflux.models.loading import model_identity, read_config
+from qflux.models.optimizers import make_optimizer
+from qflux.models.schedules import make_schedule
+from qflux.parallel.placement import Placement
+from qflux.trainer.state import Weights
+from qflux.types import TrainState
+
+if TYPE_CHECKING:
+    from qflux.trainer.base_trainer import BaseTrainer
+
+
+def open_datasets(trainer: BaseTrainer, memo: DigestMemo) -> list[EditDataset]:
+    """The training set and, where the config names one, the held-out set; all problems of both at once."""
+    data, held_out = trainer.config.data, trainer.config.logging.validation.held_out
+    sets: list[EditDataset] = []
+    problems: list[str] = []
+    for entries in [None, *([held_out] if held_out else [])]:
+        try:
+            sets.append(open_dataset(data, trainer.family, entries=entries, memo=memo))
+        except UserError as error:
+            problems += error.problems
+    memo.save()
+    if problems:
+        raise UserError(*problems)
+    return sets
+
+
+def samples_per_step(trainer: BaseTrainer, processes: int) -> int:
+    """G: batch size × accumulation × processes."""
+    return trainer.config.data.batch_size * trainer.config.train.gradient_accumulation_steps * processes
+
+
+def run_identity(trainer: BaseTrainer, dataset: EditDataset, memo: DigestMemo, batch: int) -> dict[str, Any]:
+    """What must be equal for a run to be continued; everything else may change on the way."""
+    config = trainer.config
+    train = config.train.model_dump(
+        mode="json",
+        exclude={"max_train_steps", "checkpointing_steps", "checkpoints_total_limit", "gradient_accumulation_steps",
+                 "max_skipped_steps", "gradient_checkpointing", "attention_backend"},
+    )  # fmt: skip
+    data = {name: getattr(config.data, name) for name in ("caption_dropout_rate", "shape_window", "vae_posterior")}
+    lora = config.model.lora
+    return {
+        "model": model_identity(trainer.folder, _components(trainer), memo),
+        "data": dataset.fingerprint(),
+        "lora": None if lora is None else lora.model_dump(mode="json"),
+        "samples_per_step": batch,
+        "text_length": trainer.text_length,
+        **{f"data.{name}": value for name, value in data.items()},
+        **{f"train.{name}": value for name, value in train.items()},
+    }
+
+
+def _components(trainer: BaseTrainer) -> list[str]:
+    encoders = [name for stage in trainer.family.stages for name in stage.components]
+    return [*encoders, "scheduler", trainer.family.denoiser]
+
+
+def adapter_info(trainer: BaseTrainer, dataset: EditDataset, step: int) -> dict[str, str]:
+    """Metadata of a saved adapter: no paths, no prompts, no time."""
+    model = trainer.config.model
+    name = model.pretrained_model_name_or_path
+    info = {
+        "base_model": Path(name).name if Path(name).exists() else name,
+        "base_model_revision": model.revision or "",
+        "steps": str(step),
+        "data_digest": dataset.fingerprint(),
+        "qflux_version": __version__,
+    }
+    if model.lora is not None:
+        targets = model.lora.target_modules
+        info |= {
+            "rank": str(model.lora.r),
+            "alpha": str(model.lora.lora_alpha),
+            "targets": targets if isinstance(targets, str) else ",".join(targets),
+        }
+    return info
+
+
+def make_order(trainer: BaseTrainer, dataset: EditDataset, place: Placement, batch: int) -> Order:
+    """Law 2's order over the data set for this process."""
+    data, train = trainer.config.data, trainer.config.train
+    return Order(
+        len(dataset),
+        dataset.shape_key,
+        seed=train.seed,
+        batch=batch,
+        batch_size=data.batch_size,
+        window=data.shape_window,
+        processes=place.processes,
+        rank=place.rank,
+    )
+
+
+def make_weights(trainer: BaseTrainer, place: Placement, batch: int) -> tuple[torch.nn.Module, Weights]:
+    """The wrapped network that is called, and everything of it that training changes."""
+    config = trainer.config
+    model = trainer.load(trainer.family.denoiser)
+    if config.train.attention_backend != "native":
+        model.set_attention_backend(config.train.attention_backend)
+    if config.model.lora is None:
+        adapters.prepare_full(model)
+    else:
+        names = adapters.add_adapter(model, config.model.lora, trainer.family, config.train.seed)
+        if config.model.lora.pretrained_weight is not None:
+            matched, total = adapters.load_adapter(Path(config.model.lora.pretrained_weight), model)
+            say(f"starting from an adapter: {matched} of {total} tensors matched")
+        say(f"LoRA on {len(names)} linear layers")
+    if config.train.gradient_checkpointing == "full":
+        model.enable_gradient_checkpointing()
+    called = place.prepare(model)
+    unwrapped = place.unwrap(called)
+    params = adapters.trainable(unwrapped)
+    optimizer = make_optimizer(config.train.optimizer.name, params.values(), config.train.optimizer)
+    schedule = make_schedule(config.train.lr_scheduler, optimizer, config.train.max_train_steps)
+    ema = None if config.train.ema is None else Ema(params, config.train.ema.decay)
+    state = TrainState(batch=batch, seed=config.train.seed)
+    return called, Weights(unwrapped, params, optimizer, schedule, ema, state)
+
+
+@dataclass
+class Shift:
+    """The resolution shift of sigma for a target size, the same function that the pipeline's scheduler uses."""
+
+    trainer: BaseTrainer
+    scheduler: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, trainer: BaseTrainer) -> Shift:
+        """Read the scheduler's config from the model's folder."""
+        return cls(trainer, read_config(trainer.folder, "scheduler"))
+
+    def __call__(self, size: tuple[int, int]) -> float:
+        """s of ``shift_sigmas`` for a target of (H, W) pixels."""
+        import math
+
+        wanted, family = self.trainer.config.train.sigma.shift, self.trainer.family
+        if wanted == "none":
+            return 1.0
+        if wanted != "auto":
+            return float(wanted)
+        if not self.scheduler.get("use_dynamic_shifting") or family.sigma_mu is None:
+            return float(self.scheduler.get("shift", 1.0))
+        positions = (size[0] // family.size_multiple) * (size[1] // family.size_multiple)
+        return math.exp(family.sigma_mu(self.scheduler, positions))
+
+
+def open_cache(trainer: BaseTrainer, memo: DigestMemo) -> CacheManager | None:
+    """The cache, or None where the config trains without one."""
+    from qflux.trainer.encoding import cache_manager
+
+    return cache_manager(trainer, memo) if trainer.config.cache.use_cache else None

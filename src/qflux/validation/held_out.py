@@ -1,0 +1,55 @@
+"""The held-out loss: the same pairs, noise and noise levels each time, so that two numbers can be compared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from qflux.data.feeder import Read, collate, to_device
+from qflux.io.progress import say
+from qflux.loss.flow_matching import add_noise, flow_matching_loss, shift_sigmas
+from qflux.randomness import Purpose, generator
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SIGMAS = (0.1, 0.3, 0.5, 0.7, 0.9)  # middles of five equal bins, before the resolution's shift
+
+
+class HeldOut:
+    """Measures the training loss on held-out pairs, per noise level.
+
+    trainer  gives ``predict`` and the config · read  (epoch, index) → EncodedSample · count  pairs there are
+    shift    (H, W) → resolution shift of sigma
+    """
+
+    def __init__(self, trainer: Any, read: Read, count: int, shift: Callable[[tuple[int, int]], float]) -> None:
+        self.trainer, self.read, self.shift = trainer, read, shift
+        self.count = min(count, trainer.config.logging.validation.held_out_samples)
+
+    def measure(self, model: Any) -> tuple[float, dict[float, float]] | None:
+        """(mean loss, loss of each noise level); None, and a line that says why, when it cannot be measured."""
+        try:
+            with torch.no_grad():
+                losses = torch.stack([self._sample(model, index) for index in range(self.count)])
+        except Exception as error:
+            say(f"held-out loss: not measured, {type(error).__name__}: {error}; training goes on")
+            return None
+        per_sigma = losses.mean(0).tolist()
+        return losses.mean().item(), dict(zip(SIGMAS, per_sigma, strict=True))
+
+    def _sample(self, model: Any, index: int) -> Tensor:
+        """``[S]`` loss of one pair at each noise level, all levels in one forward."""
+        trainer, levels = self.trainer, len(SIGMAS)
+        sample = self.read(0, index)
+        batch = to_device(collate([sample] * levels, [(0, index)] * levels), trainer.device)
+        draw = generator(trainer.config.logging.validation.seed, Purpose.NOISE, 0, index)
+        noise = torch.randn(batch.target.shape[1:], generator=draw).to(batch.target.device)
+        sigma = shift_sigmas(torch.tensor(SIGMAS), self.shift(batch.sizes.target.size)).to(batch.target.device)
+        noised = add_noise(batch.target, noise.expand(batch.target.shape), sigma)
+        prediction = trainer.predict(model, noised, batch)
+        train = trainer.config.train
+        patch = trainer.family.patch
+        return flow_matching_loss(prediction, noised, batch.edit_mask, train.loss, "none", patch)

@@ -1,0 +1,118 @@
+"""Draws pictures with the official pipeline while training, and never ends a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from PIL import Image
+
+from qflux.data.sheet import contact_sheet
+from qflux.io.atomic import atomic_path, write_json
+from qflux.io.progress import Progress, say
+from qflux.types import EditSample
+from qflux.validation.metrics import psnr
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from qflux.runtime.signals import StopSignal
+
+COLUMNS = ("control", "before", "after", "target")
+
+
+def save_png(path: Path, image: Image.Image) -> None:
+    """A PNG written whole."""
+    with atomic_path(path) as temporary:
+        image.save(temporary, format="PNG")
+
+
+def call_pipeline(pipe: Any, kwargs: Mapping[str, Any], **extra: Any) -> Any:
+    """Call a pipeline with a trainer's ``call_kwargs``; keys ``pipeline.<name>`` become its attributes first."""
+    plain = {}
+    for name, value in kwargs.items():
+        if name.startswith("pipeline."):
+            setattr(pipe, name.removeprefix("pipeline."), value)
+        else:
+            plain[name] = value
+    return pipe(**plain, **extra)
+
+
+class ValidationSampler:
+    """Draws ``samples`` (each with its encoded text) with the trainer's official pipeline.
+
+    Image i is drawn with ``torch.Generator("cpu").manual_seed(seed + i)``; ``components`` are the pipeline's parts
+    besides the network.
+    """
+
+    def __init__(
+        self,
+        trainer: Any,
+        samples: Sequence[tuple[EditSample, Mapping[str, Tensor]]],
+        components: Mapping[str, Any],
+    ) -> None:
+        self.trainer, self.samples, self.components = trainer, samples, components
+
+    def draw(self, model: Any, out: Path, stop: StopSignal, fenced: bool = True) -> dict[str, Image.Image]:
+        """Draw all samples into ``out`` as PNGs with one contact sheet; returns the pictures by name.
+
+        A failure is reported and ends the drawing, not the run, while ``fenced``.
+        """
+        images: dict[str, Image.Image] = {}
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            with torch.no_grad(), Progress(len(self.samples), f"sampling {out.name}", "image") as bar:
+                for i, (sample, _) in enumerate(self.samples):
+                    image = self._one(model, i, stop)
+                    if image is None:
+                        return images
+                    images[sample.id] = image
+                    save_png(out / f"{sample.id}.png", image)
+                    bar.advance()
+            if images:
+                self._sheet(images, out)
+        except Exception as error:
+            if not fenced:
+                raise
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            say(f"sampling: stopped by {type(error).__name__}: {str(error).splitlines()[0]}; training goes on")
+        return images
+
+    def _one(self, model: Any, i: int, stop: StopSignal) -> Image.Image | None:
+        sample, text = self.samples[i]
+        settings, train = self.trainer.config.logging.validation, self.trainer.config.train
+        pipe = self.trainer.pipeline({**self.components, self.trainer.family.denoiser: model})
+        pipe.set_progress_bar_config(disable=True)
+
+        def poll(pipe: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+            pipe._interrupt = stop.asked
+            return values
+
+        scale = settings.guidance_scale if settings.guidance_scale is not None else train.guidance_scale
+        image = call_pipeline(
+            pipe,
+            self.trainer.call_kwargs(sample),
+            **{name: tensor[None].to(self.trainer.device) for name, tensor in text.items()},
+            guidance_scale=scale,
+            num_inference_steps=settings.num_inference_steps,
+            generator=torch.Generator("cpu").manual_seed(settings.seed + i),
+            callback_on_step_end=poll,
+        ).images[0]
+        return None if stop.asked else image
+
+    def _sheet(self, images: Mapping[str, Image.Image], out: Path) -> None:
+        """Contact sheet and scores; ``before`` is what the same run drew at step 0."""
+        rows, scores = [], []
+        for sample, _ in self.samples:
+            after = images[sample.id]
+            first = out.parent / "step-000000" / f"{sample.id}.png"
+            before = Image.open(first).convert("RGB") if first.is_file() and first.parent != out else None
+            control = sample.controls[0] if sample.controls else None
+            rows.append([control, before, after, sample.target])
+            if sample.target is not None:
+                scores.append({"name": sample.id, "score": psnr(after, sample.target), "metric": "PSNR"})
+        save_png(out / "sheet.png", contact_sheet(rows, COLUMNS, row_labels=[s.prompt for s, _ in self.samples]))
+        write_json(out / "scores.json", scores)

@@ -1,0 +1,140 @@
+"""Progress lines and quiet imports: people see our lines, and nothing stays behind."""
+
+import io
+import logging
+import os
+import subprocess
+import sys
+import warnings
+
+import pytest
+
+from qflux.io import progress, quiet
+
+
+class Clock:
+    def __init__(self):
+        self.now = 0.0
+
+    def monotonic(self):
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    made = Clock()
+    monkeypatch.setattr(progress, "time", made)
+    return made
+
+
+def test_plain_lines_are_first_last_and_one_in_ten_seconds(capsys, clock):
+    with progress.Progress(400, "caching") as bar:
+        for _ in range(400):
+            clock.now += 0.1
+            bar.advance()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "caching 1/400  10.0/s  eta 0:00:40"
+    assert lines[-1] == "caching 400/400  10.0/s"
+    assert 4 <= len(lines) <= 6
+
+
+def test_fields_unit_and_a_resumed_count(capsys, clock):
+    with progress.Progress(20, "train", unit="samples", done=10) as bar:
+        clock.now += 4
+        bar.advance(2, loss=0.123456, note="x")
+    assert capsys.readouterr().out == "train 12/20  0.500 samples/s  eta 0:00:16  loss 0.1235  note x\n"
+
+
+@pytest.mark.parametrize(("total", "enabled"), [(0, True), (5, False)])
+def test_nothing_to_show(capsys, total, enabled):
+    with progress.Progress(total, "caching", enabled=enabled) as bar:
+        bar.advance()
+    assert capsys.readouterr().out == ""
+
+
+def test_a_bar_on_a_terminal_and_a_line_above_it(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    shown = Terminal()
+    monkeypatch.setattr(sys, "stdout", shown)
+    monkeypatch.setenv("TERM", "xterm")
+    with progress.Progress(3, "caching") as bar:
+        bar.advance(loss=0.5)
+        progress.say("a line [of] ours " + "x" * 200)
+        bar.advance(2)
+    progress.say("after")
+    assert "caching" in shown.getvalue()
+    assert "3/3" in shown.getvalue()
+    assert "a line [of] ours " + "x" * 200 in shown.getvalue()
+    assert shown.getvalue().endswith("after\n")
+    assert progress._bars == []
+
+
+def state():
+    return (
+        dict(os.environ),
+        list(warnings.filters),
+        warnings.showwarning,
+        logging.root.manager.disable,
+        logging.root.level,
+        list(logging.root.handlers),
+        sys.stdout,
+        sys.stderr,
+        os.fstat(1).st_ino,
+        os.fstat(2).st_ino,
+    )
+
+
+def noise():
+    print("noise")
+    print("noise", file=sys.stderr)
+    os.write(1, b"noise\n")
+    subprocess.run(["echo", "noise"], check=True)
+    warnings.warn("noise")
+    logging.getLogger("some.library").critical("noise")
+    logging.basicConfig(level=logging.DEBUG, force=True)
+
+
+def test_nothing_is_shown_and_nothing_stays(capfd):
+    before = state()
+    with quiet.quiet_imports():
+        noise()
+        assert os.environ["DIFFUSERS_VERBOSITY"] == "error"
+    assert state() == before
+    print("shown")
+    assert capfd.readouterr() == ("shown\n", "")
+    assert logging.getLogger("diffusers").level == logging.ERROR
+
+
+def test_the_users_verbosity_is_kept(monkeypatch):
+    monkeypatch.setenv("DIFFUSERS_VERBOSITY", "debug")
+    monkeypatch.setattr(logging.getLogger("diffusers"), "level", logging.DEBUG)
+    with quiet.quiet_imports():
+        assert os.environ["DIFFUSERS_VERBOSITY"] == "debug"
+    assert logging.getLogger("diffusers").level == logging.DEBUG
+
+
+def test_an_error_passes_and_everything_is_restored(capfd):
+    before = state()
+
+    def fail():
+        with quiet.quiet_imports():
+            noise()
+            raise ImportError("gone")
+
+    with pytest.raises(ImportError, match="gone"):
+        fail()
+    assert state() == before
+
+
+def test_a_stream_kept_by_a_library_works_afterwards(capsys):
+    with quiet.quiet_imports(), quiet.quiet_imports():
+        handler = logging.StreamHandler()
+        kept = sys.stdout
+        print("noise", file=kept)
+        assert kept.encoding
+    handler.emit(logging.LogRecord("x", logging.ERROR, "", 0, "real error", None, None))
+    print("said", file=kept, flush=True)
+    assert capsys.readouterr() == ("said\n", "real error\n")

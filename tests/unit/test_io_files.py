@@ -1,0 +1,232 @@
+"""Atomic files, digests and locks: whole or not at all, no stranger's file touched."""
+
+import errno
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from qflux.errors import Locked, NoSpace, UserError
+from qflux.io import atomic, digests, locks
+
+DEAD = 2**22 + 12345  # above Linux' largest pid
+
+
+def leftovers(folder):
+    return [name for name in os.listdir(folder) if name.startswith(atomic.TEMP_PREFIX)]
+
+
+def test_write_replaces_the_whole_file(tmp_path):
+    path = tmp_path / "a" / "b.txt"
+    atomic.write_text(path, "long old text\n")
+    atomic.write_text(path, "ü\r\n")
+    assert path.read_bytes() == "ü\r\n".encode()
+    assert leftovers(path.parent) == []
+
+
+def test_an_error_leaves_the_old_file_and_no_temp_file(tmp_path):
+    path = tmp_path / "x.bin"
+    atomic.write_bytes(path, b"old")
+
+    def fail():
+        with atomic.atomic_path(path) as temp:
+            assert temp.parent == path.parent
+            assert temp.suffix == ".bin"
+            temp.write_bytes(b"new")
+            raise ValueError("broken")
+
+    with pytest.raises(ValueError, match="broken"):
+        fail()
+    assert path.read_bytes() == b"old"
+    assert leftovers(tmp_path) == []
+
+
+def test_json_is_sorted_and_refuses_nan(tmp_path):
+    atomic.write_json(tmp_path / "x.json", {"b": 1, "a": [0.1]})
+    assert (tmp_path / "x.json").read_text() == '{\n  "a": [\n    0.1\n  ],\n  "b": 1\n}\n'
+    with pytest.raises(ValueError, match="JSON compliant"):
+        atomic.write_json(tmp_path / "x.json", {"a": float("nan")})
+    assert json.loads((tmp_path / "x.json").read_text())["b"] == 1
+
+
+def test_long_names_fit(tmp_path):
+    path = tmp_path / ("ü" * 120 + ".json")
+    atomic.write_bytes(path, b"x")
+    assert path.read_bytes() == b"x"
+
+
+def test_full_disk_names_file_need_and_free(tmp_path, monkeypatch):
+    def full(handle):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    atomic.write_bytes(tmp_path / "x", b"old")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(NoSpace, match=r"x: no space left on the disk: needs 5 bytes, free \d+") as caught:
+        atomic.write_bytes(tmp_path / "x", b"12345")
+    assert caught.value.exit_code == 74
+    assert (tmp_path / "x").read_bytes() == b"old"
+    assert leftovers(tmp_path) == []
+
+
+def test_full_disk_is_seen_behind_another_librarys_error(tmp_path):
+    def fail():
+        with atomic.atomic_path(tmp_path / "x") as temp:
+            temp.write_bytes(b"abc")
+            raise RuntimeError("I/O error: No space left on device (os error 28)")
+
+    with pytest.raises(NoSpace, match="more than 3 bytes"):
+        fail()
+
+
+def test_sweep_takes_only_our_dead_temp_files(tmp_path):
+    sleeper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    try:
+        dead = [f".qflux-tmp-{DEAD}-1-x.json", f".qflux-tmp-{os.getpid()}-{atomic._HOST}.99999-x"]
+        kept = [f".qflux-tmp-{sleeper.pid}-1-x.json", ".qflux-tmp-abc", "x.tmp", f".qflux-tmp-{DEAD}-000000.1-x"]
+        for name in dead + kept:
+            (tmp_path / name).write_text("")
+        folder = tmp_path / f".qflux-tmp-{DEAD}-2-checkpoint"
+        folder.mkdir()
+        (folder / "part").write_text("")
+        with atomic.atomic_path(tmp_path / "mine") as mine:
+            mine.write_text("")
+            atomic.sweep(tmp_path)
+            assert mine.exists()
+        assert sorted(os.listdir(tmp_path)) == sorted([*kept, "mine"])
+    finally:
+        sleeper.kill()
+        sleeper.wait()
+    assert atomic.sweep(tmp_path / "absent") == []
+
+
+def test_sweep_takes_another_hosts_file_after_a_day(tmp_path):
+    path = tmp_path / f".qflux-tmp-{DEAD}-000000.1-x"
+    path.write_text("")
+    os.utime(path, (time.time() - 90_000,) * 2)
+    assert atomic.sweep(tmp_path) == [path]
+
+
+def test_publish_moves_a_folder_and_never_replaces_one(tmp_path):
+    final = tmp_path / "checkpoint-1"
+    temp = atomic.temp_path(final)
+    (temp / "sub").mkdir(parents=True)
+    (temp / "sub" / "x").write_text("1")
+    assert atomic.sweep(tmp_path) == []
+    atomic.publish_dir(temp, final)
+    assert (final / "sub" / "x").read_text() == "1"
+    assert not temp.exists()
+    temp.mkdir()
+    with pytest.raises(FileExistsError):
+        atomic.publish_dir(temp, final)
+
+
+def test_kill_leaves_old_or_new_and_a_swept_temp_file(tmp_path):
+    code = (
+        "import sys; from qflux.io import atomic\n"
+        "with atomic.atomic_path(sys.argv[1]) as temp:\n"
+        "    temp.write_text('half'); print('ready', flush=True); sys.stdin.read()"
+    )
+    atomic.write_text(tmp_path / "x", "old")
+    writer = subprocess.Popen(
+        [sys.executable, "-c", code, tmp_path / "x"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    writer.stdout.readline()
+    assert atomic.sweep(tmp_path) == []
+    writer.kill()
+    writer.communicate()
+    assert (tmp_path / "x").read_text() == "old"
+    assert len(atomic.sweep(tmp_path)) == 1
+    assert os.listdir(tmp_path) == ["x"]
+
+
+def test_digests_agree_with_the_libraries(tmp_path):
+    import blake3
+    import xxhash
+
+    path = tmp_path / "x"
+    path.write_bytes(b"abc" * 1_000_000)
+    assert digests.xxh3(path) == digests.xxh3(str(path)) == xxhash.xxh3_128(path.read_bytes()).hexdigest()
+    assert digests.xxh3(b"abc") == xxhash.xxh3_128(b"abc").hexdigest()
+    assert digests.blake3_file(path) == blake3.blake3(path.read_bytes()).hexdigest()
+
+
+def test_json_digest_ignores_order_only():
+    assert digests.blake3_json({"a": 1, "b": (1, 2)}) == digests.blake3_json({"b": [1, 2], "a": 1})
+    values = [
+        {"a": 1},
+        {"a": 1.0},
+        {"a": "1"},
+        {"a": None},
+        {"a": True},
+        {"b": 1},
+        [["a", 1]],
+        {"a": [1]},
+        "\u00e9",
+        "e\u0301",
+    ]
+    assert len({digests.blake3_json(value) for value in values}) == len(values)
+    assert digests.blake3_json({"b", "a"}) == digests.blake3_json(["a", "b"])
+    with pytest.raises(ValueError, match="JSON compliant"):
+        digests.blake3_json(float("inf"))
+    with pytest.raises(TypeError, match="PosixPath"):
+        digests.blake3_json(Path("/x"))
+
+
+def test_memo_is_used_until_the_file_changes(tmp_path):
+    path, memo_path = tmp_path / "x", tmp_path / "memo.json"
+    path.write_bytes(b"one")
+    old = time.time() - 100
+    os.utime(path, (old, old))
+    memo = digests.DigestMemo(memo_path)
+    digest = digests.blake3_file(path, memo)
+    memo.save()
+    assert digests.DigestMemo(memo_path).get(path) == digest
+    os.utime(path, (old + 1, old + 1))
+    assert digests.DigestMemo(memo_path).get(path) is None
+    path.write_bytes(b"two")  # just changed: may change again within the clock's tick
+    assert digests.blake3_file(path, memo) != digest
+    assert memo.get(path) is None
+    memo_path.write_text("not json")
+    assert digests.DigestMemo(memo_path).get(path) is None
+
+
+def test_memos_of_two_processes_are_merged(tmp_path):
+    paths = [tmp_path / "a", tmp_path / "b"]
+    memos = [digests.DigestMemo(tmp_path / "memo.json") for _ in paths]
+    for path, memo in zip(paths, memos, strict=True):
+        path.write_bytes(path.name.encode())
+        os.utime(path, (1e9, 1e9))
+        digests.blake3_file(path, memo)
+        memo.save()
+    merged = digests.DigestMemo(tmp_path / "memo.json")
+    assert all(merged.get(path) for path in paths)
+
+
+def test_lock_names_its_holder_and_dies_with_it(tmp_path):
+    path = tmp_path / "sub" / ".lock"
+    code = (
+        "import sys; from qflux.io import locks\n"
+        "with locks.hold(sys.argv[1], 'the run'):\n    print('ready', flush=True); sys.stdin.read()"
+    )
+    holder = subprocess.Popen([sys.executable, "-c", code, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    holder.stdout.readline()
+    with pytest.raises(Locked, match=rf"the run is in use by process {holder.pid} on ") as caught:
+        locks.hold(path, "the run").__enter__()
+    assert caught.value.exit_code == 75
+    holder.kill()
+    holder.communicate()
+    with locks.hold(path, "the run"), pytest.raises(Locked, match=str(os.getpid())), locks.hold(path, "the run"):
+        pass
+    with locks.hold(path, "the run"):
+        pass
+    assert os.listdir(path.parent) == [".lock"]
+
+
+def test_lock_that_cannot_be_made_is_a_users_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot lock"), locks.hold(tmp_path / "file" / ".lock", "the cache"):
+        pass
