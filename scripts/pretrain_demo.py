@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs" / "demo"
 
-VAE_STEPS, VAE_BATCH, VAE_RATE, VAE_WARMUP, VAE_KL, VAE_SEED = 4500, 16, 2e-3, 100, 5e-4, 11
-MIXED = 4  # decoded colour mixtures a step
+VAE_STEPS, VAE_BATCH, VAE_RATE, VAE_WARMUP, VAE_KL, VAE_SEED = 3200, 16, 8e-4, 50, 1e-4, 11
+MIXED = 2  # decoded colour mixtures a step
 HELD_OUT_SEED = 990
 
 
@@ -136,12 +136,27 @@ def normalise_latents(vae: AutoencoderKL, geometry: Geometry) -> None:
     )
 
 
+def calm(vae: AutoencoderKL) -> None:
+    """Start every residual branch at zero and the posterior nearly noiseless: the first thousand steps learn faster."""
+    import torch
+
+    with torch.no_grad():
+        for name, module in vae.named_modules():
+            if name.endswith(("conv2", "to_out.0")):
+                module.weight.zero_()
+                module.bias.zero_()
+        log_variances = slice(vae.config.latent_channels, None)
+        vae.encoder.conv_out.weight[log_variances] = 0.0
+        vae.encoder.conv_out.bias[log_variances] = -5.0
+
+
 def train_vae(work: Path, say: Callable[[str], None]) -> None:
     """Train the VAE; write it to ``work/vae`` and its picture sheet to the docs."""
     import torch
 
     torch.manual_seed(VAE_SEED)
     vae = tiny_models.make_vae(tiny_models.BASE).to(memory_format=torch.channels_last)
+    calm(vae)
     geometry = Geometry(8192, VAE_SEED)
     optimizer = torch.optim.AdamW(vae.parameters(), VAE_RATE, betas=(0.9, 0.98), weight_decay=1e-4)
     count = sum(weight.numel() for weight in vae.parameters())

@@ -47,7 +47,7 @@ from qflux.config_values import (
     not_quantized,
     resolutions,
     same_as_rank,
-    shift,
+    sigma_shift,
     targets,
     trackers,
 )
@@ -197,7 +197,7 @@ class SigmaConfig(Section):
     )
     shift: Annotated[
         float | Literal["none", "auto"],
-        BeforeValidator(shift, json_schema_input_type=AboveZero | Literal["none", "auto"]),
+        BeforeValidator(sigma_shift, json_schema_input_type=AboveZero | Literal["none", "auto"]),
     ] = Field(
         default="none", description="moves sigma towards noise: a factor, or auto = by image size as the pipeline does"
     )

@@ -181,7 +181,7 @@ def _follow(location: Sequence[str | int], tree: Any, known: bool) -> tuple[Key,
             key, tree = (*key, part), tree[part]
         elif isinstance(tree, Mapping) and isinstance(part, str) and (part in tree or (last and not known)):
             key, tree = (*key, part), tree.get(part)
-        elif isinstance(tree, Mapping) and isinstance(part, str) and _at((*key, part)):
+        elif (tree is None or isinstance(tree, Mapping)) and isinstance(part, str) and is_known((*key, part)):
             key, tree = (*key, part), {}
     return key, tree
 
@@ -206,7 +206,7 @@ def describe(errors: Sequence[Any], tree: Any, place: Callable[[Key], Place]) ->
         if error["type"] == "extra_forbidden":
             continue
         key, value = _follow(error["loc"], tree, known=error["type"] != "missing")
-        if error["type"] == "missing":
+        if error["type"] == "missing" and isinstance(error["loc"][-1], str):
             if key_text(key) not in meant:  # its misspelt form has a line already
                 lines.setdefault(key, f"{place(key)}: {key_text(key)}: missing; {_how_to_write(key)}")
             continue

@@ -20,11 +20,12 @@ from qflux.config import Config
 from qflux.config_errors import Place, describe, is_path_key
 from qflux.config_yaml import Key, Tree, YamlProblem, key_text, parse
 from qflux.errors import UserError
-from qflux.old_layout import old_layout_problems
+from qflux.old_layout import RULES, old_layout_problems
 
 SIZE_LIMIT = 1 << 20
 MODEL = ("model", "pretrained_model_name_or_path")
 _HUB_ID = re.compile(r"[\w-][\w.-]*(?:/[\w-][\w.-]*)?", re.ASCII)
+_TOKEN = re.compile(r"hf_[A-Za-z0-9]+")
 _MUST_EXIST = re.compile(
     r"model\.lora\.pretrained_weight|logging\.validation\.samples\[\d+\]\.(?:controls\[\d+\]|target|mask)"
 )
@@ -47,14 +48,14 @@ class Document:
         return f"{self.file}:{self.tree.lines[known]}" if known else str(self.file)
 
     def in_order(self) -> list[str]:
-        """The problems by line, those of the command line last."""
+        """The problems by line, those of the command line last, without any access token."""
         front = re.compile(rf"{re.escape(str(self.file))}:(\d+): ")
 
         def rank(problem: str) -> int:
             found = front.match(problem)
             return int(found[1]) if found else SIZE_LIMIT if problem.startswith("command line") else 0
 
-        return sorted(dict.fromkeys(self.problems), key=rank)
+        return sorted(dict.fromkeys(_TOKEN.sub("hf_...", problem) for problem in self.problems), key=rank)
 
     def base(self, key: Key) -> Path:
         """Folder that a relative path at ``key`` is relative to."""
@@ -119,9 +120,11 @@ def _apply(document: Document, override: str) -> None:
     name, equals, text = override.partition("=")
     shown = ascii(override if len(override) <= 80 else f"{override[:80]}…")
     if not equals or not re.fullmatch(r"[\w-]+(\.[\w-]+)*", name):
-        document.problems.append(
-            f"command line: found {shown}, expected key.path=value; write for example train.seed=1"
-        )
+        said = f"found {shown}, expected key.path=value; write for example train.seed=1"
+        document.problems.append(f"command line: {said}")
+        return
+    if name in RULES:
+        document.problems.append(f"command line: {name} {RULES[name].text}")
         return
     try:
         tree = parse(text)

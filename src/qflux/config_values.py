@@ -112,7 +112,7 @@ def targets(value: Any) -> Any:
     raise ValueError('expected a named list such as "attention", a regular expression, or a list of module names')
 
 
-def shift(value: Any) -> Any:
+def sigma_shift(value: Any) -> Any:
     """``none``, ``auto`` or a factor."""
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if value in ("none", "auto") or (is_number and 0 < value < 1e6):

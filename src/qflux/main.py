@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +14,7 @@ from qflux.config import Config, load_config
 from qflux.errors import BUG, DONE, QfluxError, UserError
 from qflux.io.progress import say
 from qflux.runtime.signals import StopSignal, die_with_parent
+from qflux.trainer.early import early_problems
 
 if TYPE_CHECKING:
     from qflux.trainer.base_trainer import BaseTrainer
@@ -60,6 +62,7 @@ def check(config: Config, trainer_class: type[BaseTrainer], args: argparse.Names
 
     out = args.out or Path(config.logging.output_dir) / config.logging.tracker_project_name
     report = check_data(config.data, trainer_class.family, out_dir=out)
+    report = replace(report, problems=(*early_problems(config), *report.problems))
     print(report.to_json() if args.json else report.text())
     return DONE if report.ok else UserError.exit_code
 
@@ -70,6 +73,9 @@ def run(args: argparse.Namespace, stop: StopSignal) -> int:
     trainer_class = import_trainer(config)
     if args.check:
         return check(config, trainer_class, args)
+    problems = early_problems(config)
+    if problems:
+        raise UserError(*problems)
     from qflux.models.loading import resolve_model, torch_dtype
 
     components = [name for stage in trainer_class.family.stages for name in stage.components]
@@ -93,8 +99,8 @@ def run(args: argparse.Namespace, stop: StopSignal) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run and turn expected failures into one line and an exit code."""
-    args = parse(argv)
     die_with_parent()
+    args = parse(argv)
     try:
         with StopSignal() as stop:
             return run(args, stop)

@@ -109,7 +109,6 @@ RULES: dict[str, Rule] = {
             "num_validation_samples": Rule(why="list the pictures you want in logging.validation.samples"),
         }.items()
     },
-    "train.loss.forground_weight": Rule("train.loss.foreground_weight"),
 }
 UNKNOWN = Rule(why="it is no key of this version")
 

@@ -118,6 +118,9 @@ def test_start_is_the_base_and_depends_on_the_seed_only():
     states = [adapters.adapter_state(model) for model in (first, second, other)]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
     assert not any(torch.equal(states[0][name], states[2][name]) for name in states[0] if "lora_A" in name)
+    starts = [value for name, value in states[0].items() if "lora_A" in name]
+    assert len({tuple(value.flatten().tolist()) for value in starts}) == len(starts)
+    assert not any(value.any() for name, value in states[0].items() if "lora_B" in name)
     assert set(adapters.trainable(first)) == {name for name, _ in first.named_parameters() if "lora_" in name}
 
 
@@ -224,10 +227,15 @@ def test_rounded_copy_is_what_users_get(tmp_path, dtype, use_dora):
 def test_rounded_copy_follows_layers_kept_in_fp32_and_survives_errors():
     model, _ = trained(torch.bfloat16)
     model.single_transformer_blocks[0].attn.to_q.base_layer.float()
-    with pytest.raises(ZeroDivisionError), adapters.rounded_copy(model, torch.bfloat16):
+
+    @adapters.rounded_copy(model, torch.bfloat16)
+    def fail():
         assert model.single_transformer_blocks[0].attn.to_q.lora_A.default.weight.dtype == torch.float32
         assert model.single_transformer_blocks[1].attn.to_q.lora_A.default.weight.dtype == torch.bfloat16
         raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
     assert {param.dtype for param in adapters.trainable(model).values()} == {torch.float32}
     with adapters.rounded_copy(model, torch.float32):
         assert len(adapters.trainable(model)) == 20
@@ -294,7 +302,7 @@ def test_load_adapter_refuses(tmp_path):
 
     def refusal(target=model, drop=0, metadata=metadata, **more):
         path = tmp_path / "changed.safetensors"
-        save_tensors(path, {**dict(list(sorted(tensors.items()))[drop:]), **more}, metadata)
+        save_tensors(path, {**dict(sorted(tensors.items())[drop:]), **more}, metadata)
         with pytest.raises(UserError) as error:
             adapters.load_adapter(path, target)
         return str(error.value)

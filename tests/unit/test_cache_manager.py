@@ -164,9 +164,8 @@ def test_each_part_of_a_recipe_changes_its_stages_keys(tmp_path, stage):
     for name in RECIPES[stage]:
         for recipe in ({**RECIPES[stage], name: "other"}, {k: v for k, v in RECIPES[stage].items() if k != name}):
             assert differing(base, manager(tmp_path, {**RECIPES, stage: recipe}).keys(spec())) == {stage}
-    assert differing(base, manager(tmp_path, {**RECIPES, stage: {**RECIPES[stage], "new": None}}).keys(spec())) == {
-        stage
-    }
+    more = {**RECIPES, stage: {**RECIPES[stage], "new": None}}
+    assert differing(base, manager(tmp_path, more).keys(spec())) == {stage}
     assert differing(base, manager(tmp_path, schema=2).keys(spec())) == {"vae", "text"}
     reordered = {name: dict(reversed(recipe.items())) for name, recipe in RECIPES.items()}
     assert manager(tmp_path, reordered).keys(spec()) == base
@@ -370,7 +369,7 @@ def fill_slowly(root):
 
     class Slow(Encoders):
         def encode(self, stage, sample):
-            time.sleep(0.002)
+            time.sleep(0.006)
             return super().encode(stage, sample)
 
     fill(manager(root), specs, Slow(specs))
@@ -379,8 +378,9 @@ def fill_slowly(root):
 
 def test_killed_at_any_time_the_rerun_completes_it(tmp_path):
     code = "import sys, pathlib; import test_cache_manager as t; t.fill_slowly(pathlib.Path(sys.argv[1]))"
-    env = {**os.environ, "PYTHONPATH": os.path.dirname(__file__)}
-    for count in (3, 50):
+    path = os.pathsep.join([os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")])
+    env = {**os.environ, "PYTHONPATH": path.rstrip(os.pathsep)}
+    for count in (3, 30):
         child = subprocess.Popen([sys.executable, "-c", code, tmp_path], env=env, stdout=subprocess.DEVNULL)
         while len(entries(tmp_path)) < count and child.poll() is None:
             time.sleep(0.001)
@@ -393,7 +393,7 @@ def test_killed_at_any_time_the_rerun_completes_it(tmp_path):
     specs = [spec(i, prompt=f"prompt {i}") for i in range(40)]
     report, _ = fill(manager(tmp_path), specs, verify=True)
     assert (report.reused, report.encoded, report.repaired) == (len(made), 80 - len(made), 0)
-    assert 50 <= len(made) < 80
+    assert 30 <= len(made) < 80
     assert all(path.read_bytes() == data for path, data in made.items())
     assert not list(tmp_path.rglob(".qflux-tmp-*"))
     assert fill(manager(tmp_path), specs, verify=True)[0].reused == 80

@@ -43,10 +43,15 @@ def test_swapped_returns_the_bits():
     move(params, 0)
     ema.update()
     before = {name: (param, param.detach().clone()) for name, param in params.items()}
-    with pytest.raises(ZeroDivisionError), ema.swapped():
+
+    @ema.swapped()
+    def fail():
         assert all(torch.equal(params[name], ema.average[name]) for name in params)
         assert not torch.equal(params["a"], before["a"][1])
         raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
     assert all(params[name] is param and torch.equal(param, value) for name, (param, value) in before.items())
 
 

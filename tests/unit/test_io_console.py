@@ -129,7 +129,7 @@ def test_an_error_passes_and_everything_is_restored(capfd):
     assert state() == before
 
 
-def test_a_stream_kept_by_a_library_works_afterwards(capsys):
+def test_a_stream_kept_by_a_library_works_afterwards(capsys, monkeypatch):
     with quiet.quiet_imports(), quiet.quiet_imports():
         handler = logging.StreamHandler()
         kept = sys.stdout
@@ -138,3 +138,6 @@ def test_a_stream_kept_by_a_library_works_afterwards(capsys):
     handler.emit(logging.LogRecord("x", logging.ERROR, "", 0, "real error", None, None))
     print("said", file=kept, flush=True)
     assert capsys.readouterr() == ("said\n", "real error\n")
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    print("later", file=kept)
+    assert sys.stdout.getvalue() == "later\n"

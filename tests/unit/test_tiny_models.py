@@ -67,7 +67,7 @@ def test_random_pipeline_draws_and_listens(pipeline):
         image = Image.new("RGB", (64, 64), colour)
         generator = torch.Generator().manual_seed(0)
         return torch.from_numpy(
-            pipeline(prompt, image, num_inference_steps=2, generator=generator, output_type="np", **CALL)[0]
+            pipeline(image, prompt, num_inference_steps=2, generator=generator, output_type="np", **CALL)[0]
         )
 
     base = draw(prompt="make the circle red", colour="blue")
@@ -108,13 +108,15 @@ def test_tokenizers_survive_the_folder(pipeline):
 
 
 def test_a_word_carries_its_neighbours(pipeline):
-    one, two = (
-        pipeline.encode_prompt(prompt, prompt, max_sequence_length=64)[:2]
-        for prompt in ("make the circle red and the background blue", "make the circle blue and the background red")
-    )
+    def embed(prompt):
+        return pipeline.encode_prompt(prompt, prompt, max_sequence_length=64)
+
+    one = embed("make the circle red and the background blue")
+    two = embed("make the circle blue and the background red")
     red_of_circle, red_of_background = one[0][0, 3], two[0][0, 7]
     assert torch.cosine_similarity(red_of_circle, red_of_background, dim=0) < 0.9
-    assert (one[1] - two[1]).norm() > 0.05 * one[1].norm()
+    other = embed("make the circle green and the background blue")
+    assert (one[1] - other[1]).norm() > 0.1 * one[1].norm()
 
 
 @pytest.mark.skipif(not (tiny_models.PRETRAINED / "model_index.json").exists(), reason="not published yet")

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 Colour = tuple[int, int, int]
 
 MAX_PIXELS = 178_956_970  # half a gigabyte as RGB; larger headers are taken for decompression bombs
-FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "TIFF", "GIF")
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
 OTHER_SUFFIXES = frozenset({".gif", ".tif", ".tiff", ".heic", ".heif", ".avif", ".jxl", ".jp2", ".psd", ".svg", ".exr"})
 

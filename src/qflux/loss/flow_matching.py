@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -65,12 +66,15 @@ def add_noise(latents: Tensor, noise: Tensor, sigma: Tensor) -> Noised:
 
 
 def sigma_weighting(scheme: str, sigma: Tensor) -> Tensor | None:
-    """ω(σ) of diffusers' ``compute_loss_weighting_for_sd3``, ``[B]`` fp32; None where every level counts the same."""
-    if scheme == "none":
-        return None
-    from diffusers.training_utils import compute_loss_weighting_for_sd3
+    """ω(σ) by name, ``[B]`` fp32; None where every level counts the same.
 
-    return compute_loss_weighting_for_sd3(scheme, sigma)
+    ``sigma_sqrt`` is σ⁻² and ``cosmap`` 2 / (π (1 − 2σ + 2σ²)), both of Esser et al. 2024, section 3.1.
+    """
+    if scheme == "sigma_sqrt":
+        return sigma.float() ** -2.0
+    if scheme == "cosmap":
+        return 2 / (math.pi * (1 - 2 * sigma + 2 * sigma**2))
+    return None
 
 
 def flow_matching_loss(

@@ -36,9 +36,9 @@ _PREFIXES = ("base_model.model.", "transformer.", "unet.", "diffusion_model.")
 def resolve_targets(model: nn.Module, targets: str | Sequence[str], family: Family) -> list[str]:
     """Full names of the linear modules that ``targets`` selects, sorted.
 
-    ``targets`` is one entry or a list of: a name in ``family.adapter_targets``; ``all-linear`` (every linear layer inside
-    the family's block lists); a module name or its ending (``to_q``, ``attn.to_out.0``); a regular expression (anything
-    with more than letters, digits, ``_`` and ``.``) that matches the full name.
+    ``targets`` is one entry or a list of: a name in ``family.adapter_targets``; ``all-linear`` (every linear layer
+    inside the family's block lists); a module name or its ending (``to_q``, ``attn.to_out.0``); a regular expression
+    (anything with more than letters, digits, ``_`` and ``.``) that matches the full name.
     Raises UserError listing every entry that selects nothing or something that is not linear.
     """
     modules = {name: module for name, module in model.named_modules() if name}
@@ -95,9 +95,9 @@ def _hint(entry: str, family: Family) -> str:
 def add_adapter(model: Any, lora_config: Any, family: Family, seed: int) -> list[str]:
     """Freeze ``model``, put an fp32 adapter on the modules the config selects, and return their names, sorted.
 
-    A is drawn from a generator of its own for each module, B is zero: the start depends on ``seed`` and the module's place
-    in the sorted list only, and no global random state is read or moved. ``gaussian``: A ~ N(0, 1/r²); else uniform
-    in ±1/√(in features). DoRA's magnitude is the fp32 norm of the base weight.
+    A is drawn from a generator of its own for each module, B is zero: the start depends on ``seed`` and the module's
+    place in the sorted list only, and no global random state is read or moved. ``gaussian``: A of standard deviation
+    1/r; else uniform in ±1/√(in features). DoRA's magnitude is the fp32 norm of the base weight.
     """
     with quiet_imports():
         from peft import LoraConfig
@@ -279,9 +279,9 @@ def _saved_config(path: Path) -> dict[str, Any]:
 def rounded_copy(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     """While inside, the adapter is what ``load_lora_weights`` gives a user whose base is of ``dtype``.
 
-    That loader casts each adapter tensor to the dtype of the layer it sits on (layers kept in fp32 keep an fp32 adapter,
-    quantized ones with integer weights the file's fp32). fp32 changes nothing. The trained parameters are put aside,
-    not copied back, so nothing drifts; an optimizer step inside would be lost.
+    That loader casts each adapter tensor to the dtype of the layer it sits on (layers kept in fp32 keep an fp32
+    adapter, quantized ones with integer weights the file's fp32). fp32 changes nothing. The trained parameters are put
+    aside, not copied back, so nothing drifts; an optimizer step inside would be lost.
     """
     with quiet_imports():
         from peft.tuners.tuners_utils import BaseTunerLayer
@@ -290,7 +290,8 @@ def rounded_copy(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     layers = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)] if dtype != torch.float32 else []
     try:
         for layer in layers:
-            base = layer.get_base_layer().weight.dtype
+            weight: Any = layer.get_base_layer().weight
+            base = weight.dtype
             for owner, name, param in _adapter_parameters(layer):
                 swapped.append((owner, name, param))
                 cast = param.detach().to(base) if base.is_floating_point else param.detach()
@@ -317,7 +318,7 @@ def prepare_full(model: nn.Module) -> list[str]:
 
 
 def save_full(folder: Path, model: Any, component: str = "transformer") -> Path:
-    """Write the whole network as ``folder/component/`` in the layout that ``from_pretrained`` opens; returns that folder."""
+    """Write the whole network as ``folder/component/``, as ``from_pretrained`` opens it; returns that folder."""
     target = folder / component
     target.mkdir(parents=True, exist_ok=True)
     state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}

@@ -41,7 +41,7 @@ class Ema:
     @contextlib.contextmanager
     def swapped(self) -> Iterator[None]:
         """While inside, the parameters hold the average; afterwards their own values, bit for bit."""
-        params = list(self._params.values())
+        params: list[Tensor] = list(self._params.values())
         saved = [param.detach().clone() for param in params]
         with torch.no_grad():
             torch._foreach_copy_(params, self._averages())

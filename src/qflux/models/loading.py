@@ -78,8 +78,8 @@ def _download(name: str, revision: str | None, components: Sequence[str]) -> Pat
         ) from None
     except errors.LocalEntryNotFoundError:
         raise UserError(
-            f"{at} is not in the local cache and the hub is out of reach; go online, see {page}, or give a local folder; "
-            "if it is gated or private, `hf auth login`"
+            f"{at} is not in the local cache and the hub is out of reach; go online, see {page}, or give a local "
+            "folder; if it is gated or private, `hf auth login`"
         ) from None
     except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
         reason = " ".join(str(error).split())[:200]

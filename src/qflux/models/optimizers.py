@@ -1,8 +1,8 @@
 """Optimizers by name, a masked step that never waits for the device, and their exact state.
 
-``adamw`` (torch; fused on CUDA), ``adamw8bit`` (bitsandbytes), ``prodigy`` (prodigyopt), ``adafactor`` (transformers, with
-an external learning rate: torch's own scales every update by the parameter's size, which stalls matrices that start at
-zero) and ``adamw_schedule_free`` (schedulefree).
+``adamw`` (torch; fused on CUDA), ``adamw8bit`` (bitsandbytes), ``prodigy`` (prodigyopt), ``adafactor`` (transformers,
+with an external learning rate: torch's own scales every update by the parameter's size, which stalls matrices that
+start at zero) and ``adamw_schedule_free`` (schedulefree).
 """
 
 from __future__ import annotations
@@ -66,10 +66,9 @@ def make_optimizer(name: str, params: Iterable[torch.nn.Parameter] | Mapping[str
     if problems:
         raise UserError(*problems)
     tensors = list(params.values()) if isinstance(params, Mapping) else list(params)
+    moments = {"betas": tuple(cfg.betas), "eps": cfg.eps}
     settings: dict[str, Any] = {"lr": cfg.lr, "weight_decay": cfg.weight_decay}
-    settings |= {key: getattr(cfg, key) for key in sorted(_SETTINGS[name])}
-    if "betas" in settings:
-        settings["betas"] = tuple(settings["betas"])
+    settings |= {key: value for key, value in moments.items() if key in _SETTINGS[name]}
     return _BUILDERS[name](tensors, settings)
 
 
@@ -142,7 +141,7 @@ def eval_mode(optimizer: Optimizer) -> Iterator[None]:
     if not any(group.get("train_mode", False) for group in optimizer.param_groups):
         yield
         return
-    params = _parameters(optimizer)
+    params: list[Tensor] = list(_parameters(optimizer))
     saved = [param.detach().clone() for param in params]
     optimizer.eval()  # type: ignore[attr-defined]
     try:
@@ -158,10 +157,9 @@ def guarded_step(optimizer: Optimizer, params: Iterable[torch.nn.Parameter], fin
     """Step where ``finite`` (a boolean scalar) is true; where it is false, weights and state stay as they were.
 
     True gives the bits of a plain step. A flag on the CPU is simply read. On a device nothing waits for it: fused AdamW
-    takes the flag into its kernel, the others are stepped with cleaned gradients and put back by a select; there, Python
-    numbers in the state (Adafactor's step, schedule-free's averaging weight) count the skipped step. Read on the device
-    too: the first step of all, which creates the state, and optimizers that wait in every step anyway (bitsandbytes,
-    Prodigy).
+    takes the flag into its kernel, the others step and are put back by a select; there, Python numbers in the state (Adafactor's step, schedule-free's averaging weight) count the skipped step. Read on the
+    device too: the first step of all, which creates the state, and optimizers that wait in every step anyway
+    (bitsandbytes, Prodigy).
     """
     if finite.device.type == "cpu":
         if bool(finite):
@@ -200,10 +198,6 @@ def _step_masked(optimizer: Optimizer, params: Params, finite: Tensor) -> None:
     before = [tensor.detach().clone() for tensor in live]
     flags = {device: finite.to(device, non_blocking=True) for device in {tensor.device for tensor in live}}
     with torch.no_grad():
-        for param in params:
-            gradient = param.grad
-            assert gradient is not None
-            gradient.copy_(torch.where(flags[param.device], gradient, 0.0))
         optimizer.step()
         for tensor, old in zip(live, before, strict=True):
             tensor.copy_(torch.where(flags[tensor.device], tensor, old))

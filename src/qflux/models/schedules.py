@@ -1,7 +1,7 @@
 """Learning rate schedules: diffusers' formulas as a function of the step, so that a resume only sets the step.
 
-The factors come from ``diffusers.optimization`` with every setting passed on; ``get_scheduler`` there drops some of them
-(``num_cycles`` of cosine, the warm-up of constant).
+The factors come from ``diffusers.optimization`` with every setting passed on; ``get_scheduler`` there drops some of
+them (``num_cycles`` of cosine, the warm-up of constant).
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def _factor(cfg: Any, lr: float, total_steps: int) -> Callable[[int], float]:
         options["num_cycles"] = cfg.num_cycles
     if "power" in _SETTINGS[cfg.name]:
         options["power"] = cfg.power
-    make = optimization.TYPE_TO_SCHEDULER_FUNCTION[optimization.SchedulerType(cfg.name)]
+    make: Any = optimization.TYPE_TO_SCHEDULER_FUNCTION[optimization.SchedulerType(cfg.name)]
     # A scheduler object patches its optimizer's step; only its formula is wanted, so a stand-in is patched.
     stand_in = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=lr)
     return make(stand_in, **options).lr_lambdas[0]

@@ -170,7 +170,7 @@ def _start(name: str, run_dir: Path, config: Any, start_step: int) -> Any:
         project = config.logging.tracker_project_name
         if name == "tensorboard":
             # purge_step hides what a killed run had logged after the checkpoint
-            tracker = kind("tensorboard", run_dir, purge_step=start_step + 1 if start_step else None)
+            tracker = kind("tensorboard", run_dir, purge_step=start_step + 1 if start_step else 0)
         elif name == "wandb":
             tracker = kind(project, name=run_dir.name, dir=str(run_dir))
         elif name == "swanlab":

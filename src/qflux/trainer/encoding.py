@@ -92,7 +92,7 @@ class Encoder:
 
     def text_only(self, sample: EditSample) -> EncodedSample:
         """The text of one sample, components loaded one stage at a time and freed."""
-        text = {}
+        text: dict[str, torch.Tensor] = {}
         for stage in self.trainer.family.stages:
             if stage.kind == "text":
                 with self.open_stage(stage) as encode:
@@ -200,7 +200,7 @@ def fill_cache(
         return stop is not None and stop.asked
 
     report = cache.fill(specs, load_spec, Encoder(trainer).open_stage, verify=verify, stop=asked)
-    if report.interrupted and stop is not None:
+    if report.interrupted and stop is not None and stop.number is not None:
         raise Interrupted(
             stop.number, f"interrupted while caching; run the same command again to go on ({report.line()})"
         )

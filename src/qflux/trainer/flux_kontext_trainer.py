@@ -120,7 +120,7 @@ class FluxKontextTrainer(BaseTrainer):
         text, dtype = batch.text["prompt_embeds"], batch.text["prompt_embeds"].dtype
         tokens = [pack(noised.x_t.to(dtype)), *(pack(control) for control in batch.controls)]
         ids = [position_ids(latents.shape, index) for index, latents in enumerate([noised.x_t, *batch.controls])]
-        config = getattr(model, "module", model).config
+        config: Any = getattr(model, "module", model).config
         guidance = torch.full([1], self.config.train.guidance_scale, device=text.device, dtype=torch.float32)
         output = model(
             hidden_states=torch.cat(tokens, dim=1),

@@ -118,7 +118,7 @@ def fit(trainer: BaseTrainer, stop: StopSignal, resume: str | None) -> None:
     code, reason, step = 1, "ended by a bug", folder.step
     run: Run | None = None
     try:
-        run = _build(trainer, place, folder, datasets, memo, identity, stop)
+        run = build_run(trainer, place, folder, datasets, memo, identity, stop)
         _train(run)
         code, reason = 0, "done"
     except QfluxError as error:
@@ -133,10 +133,18 @@ def fit(trainer: BaseTrainer, stop: StopSignal, resume: str | None) -> None:
             run.tracker.close()
         folder.finish(code, reason, step)
         if run is not None:
-            say(f"report {write_report(folder.path)}")
+            _report(folder.path)
 
 
-def _build(
+def _report(folder: Path) -> None:
+    """Write report.html; a failure here must not hide how the run ended."""
+    try:
+        say(f"report {write_report(folder)}")
+    except Exception as error:
+        say(f"report: not written, {type(error).__name__}: {error}")
+
+
+def build_run(
     trainer: BaseTrainer,
     place: Placement,
     folder: RunFolder,
@@ -145,6 +153,7 @@ def _build(
     identity: dict[str, Any],
     stop: StopSignal,
 ) -> Run:
+    """Cache, network, optimizer and what watches them; continued where the folder has a checkpoint."""
     config = trainer.config
     cache = setup.open_cache(trainer, memo)
     if cache is not None:

@@ -1,0 +1,121 @@
+"""The data check finds planted faults, counts right, keeps to its schema and draws the sheet."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import jsonschema
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+
+from qflux.data.check import check_data
+from qflux.types import Family
+
+FAMILY = Family("tiny", "Pipeline", (), controls=(0, 2))
+SCHEMA = json.loads((Path(__file__).parents[2] / "docs/schemas/check.schema.json").read_text())
+
+
+def config(path: Path, **changes):
+    entry = SimpleNamespace(path=path, repo_id=None, split="train", repeats=2, control_path=None, mask_path=None)
+    base = {
+        "dataset_path": (entry,),
+        "target_size": (64, 64),
+        "controls_size": None,
+        "control_plan": "config",
+        "multi_resolutions": None,
+        "trigger_word": None,
+        "mask_path": None,
+        "background_color": (255, 255, 255),
+        "allow_missing_captions": True,
+        "allow_missing_controls": True,
+    }
+    return SimpleNamespace(**(base | changes))
+
+
+@pytest.fixture
+def scenes(tmp_path) -> Path:
+    """Four pairs: one mask, one small target, two equal targets, one without caption, one with two controls."""
+    for folder in ("images", "control"):
+        (tmp_path / "set" / folder).mkdir(parents=True)
+    root = tmp_path / "set"
+    for i, side in enumerate((64, 48, 80, 80)):
+        mask = Image.new("L", (side, side))
+        ImageDraw.Draw(mask).ellipse((8, 8, 24 + 8 * min(i, 2), 24 + 8 * min(i, 2)), fill=255)
+        scene = Image.new("RGB", (side, side), (230, 60, 40))
+        scene.paste((40, 60, 230), mask=mask)
+        scene.save(root / f"control/s{i}.png")
+        mask.convert("RGB").save(root / f"images/s{i}.png")
+        if i:
+            (root / f"images/s{i}.txt").write_text("segment the shape")
+    mask.save(root / "images/s3_mask.png")
+    scene.save(root / "control/s3_control_1.png")
+    return root
+
+
+def checked(report) -> dict:
+    found = json.loads(report.to_json())
+    jsonschema.validate(found, SCHEMA, cls=jsonschema.Draft202012Validator)
+    return found
+
+
+def test_a_good_set(scenes, tmp_path):
+    report = check_data(config(scenes), FAMILY, out_dir=tmp_path / "out")
+    found = checked(report)
+    assert found["ok"]
+    assert (found["samples"], found["unique_samples"], found["pictures"], found["masks"]) == (8, 4, 10, 1)
+    assert (found["empty_captions"], found["below_target_size"], found["duplicates"]) == (1, 1, [["s2", "s3"]])
+    assert {(tuple(s["target"]), len(s["controls"]), s["samples"]) for s in found["shapes"]} == {
+        ((64, 64), 1, 4),
+        ((48, 48), 1, 2),
+        ((64, 64), 2, 2),
+    }
+    with Image.open(found["sheet"]) as sheet:
+        assert sheet.width == 8 + 4 * 264
+        assert np.asarray(sheet).std() > 10
+    text = report.text()
+    for part in (
+        "8 samples (4 without repeats)",
+        "1 targets are smaller",
+        "same target: s2, s3",
+        "the data set is fine",
+    ):
+        assert part in text
+
+
+def test_faults_are_listed_with_file_and_reason(scenes, tmp_path):
+    (scenes / "images/s1.png").write_bytes(b"")
+    whole = (scenes / "control/s2.png").read_bytes()
+    (scenes / "control/s2.png").write_bytes(whole[: len(whole) // 2])
+    (scenes / "images/s0.txt").write_text("[trigger]")
+    report = check_data(config(scenes), FAMILY, out_dir=tmp_path / "out")
+    found = checked(report)
+    assert not found["ok"]
+    assert found["fingerprint"] is None
+    assert [Path(problem.split(": ")[0]).name for problem in found["problems"]] == ["s0.png", "s1.png", "s2.png"]
+    assert "control" in found["problems"][2]
+    assert "damaged" in found["problems"][2]
+    assert Path(found["sheet"]).is_file()
+    assert "3 problems to solve" in report.text()
+
+
+def test_nothing_usable(tmp_path):
+    (tmp_path / "empty").mkdir()
+    found = checked(check_data(config(tmp_path / "empty"), FAMILY, out_dir=tmp_path))
+    assert (found["ok"], found["samples"], found["sheet"]) == (False, 0, None)
+
+
+def test_the_schema_is_strict(scenes):
+    found = checked(check_data(config(scenes), FAMILY))
+    assert found["sheet"] is None
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(found | {"more": 1}, SCHEMA)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({key: value for key, value in found.items() if key != "shapes"}, SCHEMA)
+
+
+def test_output_stays_clean_without_a_terminal(scenes, capsys):
+    check_data(config(scenes), FAMILY)
+    assert capsys.readouterr() == ("", "")

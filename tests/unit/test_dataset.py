@@ -1,0 +1,208 @@
+"""Data sets as training sees them: order, repeats, problems, digests, drawn samples."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from qflux.data.dataset import open_dataset, sample_from_config, scan
+from qflux.errors import UserError
+from qflux.io.digests import DigestMemo
+from qflux.types import Family
+
+FAMILY = Family("tiny", "Pipeline", (), controls=(0, 2), sister="TinyPlus")
+
+
+def picture(path: Path, grey: int = 0, size: tuple[int, int] = (64, 64)) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, (grey, 100, 200)).save(path)
+    return path
+
+
+def pairs(root: Path, *stems: str, caption: str = "make it blue", controls: int = 1) -> Path:
+    for i, stem in enumerate(stems):
+        picture(root / f"images/{stem}.png", i)
+        (root / f"images/{stem}.txt").write_text(caption)
+        for n in range(controls):
+            picture(root / f"control/{stem}{f'_control_{n}' if n else ''}.png", 50 + i + n)
+    return root
+
+
+def entry(path, **changes):
+    base = {"path": path, "repo_id": None, "split": "train", "repeats": 1, "control_path": None, "mask_path": None}
+    return SimpleNamespace(**(base | changes))
+
+
+def config(*entries, **changes):
+    base = {
+        "dataset_path": entries,
+        "target_size": (32, 32),
+        "controls_size": None,
+        "control_plan": "config",
+        "multi_resolutions": None,
+        "trigger_word": None,
+        "mask_path": None,
+        "background_color": (255, 255, 255),
+        "allow_missing_captions": False,
+        "allow_missing_controls": False,
+    }
+    return SimpleNamespace(**(base | changes))
+
+
+def test_sources_follow_each_other_with_repeats(tmp_path):
+    first, second = pairs(tmp_path / "one", "a", "b"), pairs(tmp_path / "two", "c")
+    dataset = open_dataset(config(entry(first, repeats=2), entry(second, repeats=3)), FAMILY)
+    assert [dataset.spec(i).id for i in range(len(dataset))] == ["a", "b", "a", "b", "c", "c", "c"]
+    assert dataset.counts() == {((32, 32), (32, 32)): 7}
+    for wrong in (-1, 7):
+        with pytest.raises(IndexError):
+            dataset.spec(wrong)
+    once = open_dataset(config(entry(first), entry(second)), FAMILY)
+    assert once.fingerprint() != dataset.fingerprint()
+    assert len(open_dataset(config(entry(first)), FAMILY, entries=[entry(second)])) == 1
+
+
+def test_loaded_pixels_have_the_planned_sizes(tmp_path):
+    root = pairs(tmp_path, "a")
+    Image.new("L", (128, 128), 200).save(root / "images/a_mask.png")
+    dataset = open_dataset(config(entry(root), controls_size=((48, 64),)), FAMILY)
+    sample = dataset.load(0)
+    assert dataset.shape_key(0) == ((32, 32), (48, 64))
+    assert (sample.target.size, sample.controls[0].size, sample.mask.size) == ((32, 32), (64, 48), (32, 32))
+    assert (sample.target.mode, sample.mask.mode) == ("RGB", "L")
+    assert np.asarray(sample.mask).tolist() == [[200] * 32] * 32
+
+
+def test_a_mask_of_another_resolution_covers_the_same_place(tmp_path):
+    root = pairs(tmp_path, "a")
+    picture(root / "images/a.png", size=(128, 64))
+    mask = Image.new("L", (64, 32), 0)
+    mask.paste(255, (16, 0, 32, 32))
+    mask.save(root / "images/a_mask.png")
+    found = np.asarray(open_dataset(config(entry(root)), FAMILY).load(0).mask)
+    assert (found[:, :15] == 255).all()
+    assert (found[:, 17:] == 0).all()
+
+
+def test_digests_tell_pixels_captions_and_masks_apart(tmp_path):
+    root = pairs(tmp_path, "a")
+    start = open_dataset(config(entry(root)), FAMILY)
+    digests = {start.load(0).digest}
+    prints = {start.fingerprint()}
+    (root / "images/a.txt").write_text("make it red")
+    changes = [lambda: None, lambda: picture(root / "images/a.png", 9), lambda: picture(root / "control/a.png", 9)]
+    changes.append(lambda: Image.new("L", (64, 64)).save(root / "images/a_mask.png"))
+    for change in changes:
+        change()
+        dataset = open_dataset(config(entry(root)), FAMILY)
+        digests.add(dataset.load(0).digest)
+        prints.add(dataset.fingerprint())
+    assert len(digests) == len(prints) == 5
+    assert open_dataset(config(entry(root), target_size=(48, 48)), FAMILY).fingerprint() not in prints
+
+
+def test_the_fingerprint_knows_no_path(tmp_path):
+    here = open_dataset(config(entry(pairs(tmp_path / "here", "a", "b"))), FAMILY)
+    there = open_dataset(config(entry(pairs(tmp_path / "there", "a", "b"))), FAMILY)
+    assert here.fingerprint() == there.fingerprint()
+
+
+def test_trigger(tmp_path):
+    root = pairs(tmp_path, "a", caption="a [trigger] in [trigger] style")
+    assert open_dataset(config(entry(root), trigger_word="ohwx"), FAMILY).spec(0).prompt == "a ohwx in ohwx style"
+    with pytest.raises(UserError, match=r"a\.png: found \[trigger\] .* data\.trigger_word is not set"):
+        open_dataset(config(entry(root)), FAMILY)
+
+
+def test_missing_captions_and_controls(tmp_path):
+    root = tmp_path
+    picture(root / "images/a.png")
+    with pytest.raises(UserError) as caught:
+        open_dataset(config(entry(root)), FAMILY)
+    assert [problem.split(", ")[0].rpartition(": ")[2] for problem in caught.value.problems] == [
+        "found no caption",
+        "found no control",
+    ]
+    dataset = open_dataset(config(entry(root), allow_missing_captions=True, allow_missing_controls=True), FAMILY)
+    assert (dataset.spec(0).prompt, dataset.spec(0).controls) == ("", ())
+    text_to_image = replace(FAMILY, controls=(0, 0))
+    open_dataset(config(entry(root), allow_missing_captions=True), text_to_image)
+
+
+def test_counts_outside_the_family_name_its_sister(tmp_path):
+    root = pairs(tmp_path, "a", controls=3)
+    with pytest.raises(UserError, match=r"found 3 controls, tiny takes 0 to 2; use train\.trainer: TinyPlus"):
+        open_dataset(config(entry(root)), FAMILY)
+    none = pairs(tmp_path / "none", "a", controls=0)
+    with pytest.raises(UserError, match="found 0 controls, tiny takes 1; add or remove"):
+        open_dataset(config(entry(none), allow_missing_controls=True), replace(FAMILY, controls=(1, 1), sister=None))
+
+
+def test_every_problem_is_listed_once(tmp_path):
+    root = pairs(tmp_path, "a", "b", "c", "d")
+    picture(root / "images/a.png", size=(8, 8))
+    (root / "images/b.txt").unlink()
+    (root / "control/c.png").write_bytes(b"junk")
+    Image.new("L", (64, 20)).save(root / "images/d_mask.png")
+    with pytest.raises(UserError) as caught:
+        open_dataset(config(entry(root), entry(tmp_path / "lost")), FAMILY)
+    assert len(caught.value.problems) == 5
+    joined = str(caught.value)
+    for part in ("lost", "8x8", "b.png: found no caption", "c.png: found no picture", "found a mask of 64x20"[:15]):
+        assert part in joined
+    found = scan(config(entry(root), target_size=(30, 30)), FAMILY)
+    assert "data.target_size: found [30, 30]" in found.problems[0]
+    with pytest.raises(UserError):
+        found.spec(0)
+
+
+def test_the_memo_is_used_and_kept(tmp_path, monkeypatch):
+    root = pairs(tmp_path / "set", "a")
+    memo = DigestMemo(tmp_path / "memo.json")
+    monkeypatch.setattr(memo, "get", lambda path: "ab" * 32)
+    assert open_dataset(config(entry(root)), FAMILY, memo=memo).spec(0).target == "ab" * 32
+
+
+def drawn(**changes):
+    return SimpleNamespace(**({"prompt": "x", "controls": (), "target": None, "mask": None, "size": None} | changes))
+
+
+def test_drawn_samples(tmp_path):
+    control, target = picture(tmp_path / "c.png", size=(128, 96)), picture(tmp_path / "t.png")
+    spec, sample = sample_from_config(
+        drawn(controls=(control,), prompt="[trigger]!"), config(trigger_word="w"), FAMILY, "s0"
+    )
+    assert (spec.id, sample.id, sample.prompt, sample.target) == ("s0", "s0", "w!", None)
+    assert (sample.sizes.target.size, sample.controls[0].size) == ((32, 32), (32, 32))
+    _, sized = sample_from_config(drawn(controls=(control,), size=(96, 128)), config(), FAMILY)
+    assert sized.controls[0].size == (128, 96)
+    _, shown = sample_from_config(drawn(target=target, controls=(target,), mask=target), config(), FAMILY)
+    assert shown.target.size == shown.mask.size == (32, 32)
+    spec, empty = sample_from_config(drawn(prompt="", size=(64, 32)), config(), FAMILY)
+    assert (empty.controls, spec.target, empty.sizes.target.size) == ([], None, (64, 32))
+
+
+def test_drawn_samples_with_problems(tmp_path):
+    with pytest.raises(UserError) as caught:
+        sample_from_config(
+            drawn(controls=(tmp_path / "lost.png",), target=tmp_path / "gone.png", prompt="[trigger]"),
+            config(),
+            FAMILY,
+            "sample-3",
+        )
+    assert len(caught.value.problems) == 3
+    assert all("logging.validation.samples: sample-3" in problem for problem in caught.value.problems)
+
+
+def test_the_real_config_class_fits(tmp_path):
+    from qflux.config import DataConfig
+
+    root = pairs(tmp_path, "a")
+    real = DataConfig(dataset_path=str(root), target_size=[32, 32])
+    same = config(entry(root))
+    assert open_dataset(real, FAMILY).fingerprint() == open_dataset(same, FAMILY).fingerprint()

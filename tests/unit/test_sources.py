@@ -1,0 +1,359 @@
+"""Every form of a data set gives the same samples; everything odd in one is said, with its place."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from PIL import Image
+
+from qflux.data.dataset import open_dataset, scan
+from qflux.data.hub_sources import is_hub_folder, read_hub
+from qflux.data.sources import columns_of, natural, read_source
+from qflux.errors import UserError
+from qflux.types import Family
+from qflux.utils.huggingface import COLUMNS, load_editing_dataset
+
+FAMILY = Family("tiny", "Pipeline", (), controls=(0, 3))
+
+
+@pytest.fixture(autouse=True)
+def hub_in_tmp(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "hub")
+    monkeypatch.setattr("datasets.config.HF_CACHE_HOME", tmp_path / "hub")
+
+
+def picture(path: Path, grey: int = 0, size: tuple[int, int] = (32, 32)) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, (grey, 100, 200)).save(path)
+    return path
+
+
+def pair(root: Path, stem: str, grey: int = 0, controls: int = 1, caption: str | None = "make it blue") -> None:
+    picture(root / f"training_images/{stem}.png", grey)
+    for n in range(controls):
+        name = stem if n == 0 else f"{stem}_control_{n}"
+        picture(root / f"control_images/{name}.png", grey + n + 1)
+    if caption is not None:
+        (root / f"training_images/{stem}.txt").write_text(caption, encoding="utf-8")
+
+
+def config(*paths, **changes):
+    entries = tuple(
+        path
+        if isinstance(path, SimpleNamespace)
+        else SimpleNamespace(path=path, repo_id=None, split="train", repeats=1, control_path=None, mask_path=None)
+        for path in paths
+    )
+    base = {
+        "dataset_path": entries,
+        "target_size": (32, 32),
+        "controls_size": None,
+        "control_plan": "config",
+        "multi_resolutions": None,
+        "trigger_word": None,
+        "mask_path": None,
+        "background_color": (255, 255, 255),
+        "allow_missing_captions": False,
+        "allow_missing_controls": False,
+    }
+    return SimpleNamespace(**(base | changes))
+
+
+def names(refs) -> list[str]:
+    return [ref.path.name for ref in refs]
+
+
+def test_pairs_extras_captions_and_masks(tmp_path):
+    for stem in ("a10", "a2"):
+        pair(tmp_path, stem)
+    for n in (10, 2):
+        picture(tmp_path / f"control_images/a2_control_{n}.jpg")
+    picture(tmp_path / "training_images/a2_mask.png")
+    picture(tmp_path / "control_images/a10_mask.webp")
+    (tmp_path / "control_images/a10.txt").write_text("not this one")
+    picture(tmp_path / "training_images/.hidden.png")
+    (tmp_path / "training_images/notes.md").write_text("x")
+    found = read_source(tmp_path)
+    assert [record.id for record in found.records] == ["a2", "a10"]
+    assert names(found.records[0].controls) == ["a2.png", "a2_control_2.jpg", "a2_control_10.jpg"]
+    assert [record.mask.path.name for record in found.records] == ["a2_mask.png", "a10_mask.webp"]
+    assert {record.prompt for record in found.records} == {"make it blue"}
+    assert found.problems == found.notes == []
+
+
+@pytest.mark.parametrize("images", ["training_images", "images", "target_images", "target", "targets"])
+@pytest.mark.parametrize("controls", ["control_images", "control", "condition_images", "controls"])
+def test_folder_names(tmp_path, images, controls):
+    picture(tmp_path / images / "a.png")
+    picture(tmp_path / controls / "a.jpg")
+    (tmp_path / controls / "a.txt").write_text("from the control folder")
+    record = read_source(tmp_path).records[0]
+    assert record.prompt == "from the control folder"
+    assert names(record.controls) == ["a.jpg"]
+
+
+def test_flat_folder(tmp_path):
+    for name in ("a.png", "a_control_1.png", "a_mask.png", "b.jpg"):
+        picture(tmp_path / name)
+    (tmp_path / "a.txt").write_text("first")
+    a, b = read_source(tmp_path).records
+    assert (a.id, a.prompt, names(a.controls), a.mask.path.name) == ("a", "first", ["a_control_1.png"], "a_mask.png")
+    assert (b.id, b.prompt, b.controls, b.mask) == ("b", None, (), None)
+
+
+def test_control_and_mask_folders_given_by_path(tmp_path):
+    picture(tmp_path / "images/a.png")
+    picture(tmp_path / "one/a.png")
+    picture(tmp_path / "two/a.png")
+    picture(tmp_path / "masks/a.png")
+    record = read_source(
+        tmp_path, control_path=(tmp_path / "one", tmp_path / "two"), mask_path=tmp_path / "masks"
+    ).records[0]
+    assert [ref.path.parent.name for ref in record.controls] == ["one", "two"]
+    assert record.mask.path.parent.name == "masks"
+    (tmp_path / "two/a.png").unlink()
+    found = read_source(tmp_path, control_path=(tmp_path / "one", tmp_path / "two"))
+    assert len(found.problems) == 1
+    assert "two: found no control a.*" in found.problems[0]
+
+
+def test_folder_problems_are_all_listed(tmp_path):
+    pair(tmp_path, "a")
+    images = tmp_path / "training_images"
+    picture(images / "a.jpg")
+    (images / "c.gif").write_bytes(b"GIF89a")
+    os.symlink(tmp_path / "nowhere.png", images / "d.png")
+    picture(tmp_path / "control_images/orphan.png")
+    picture(images / "e.png")
+    (images / "e.txt").write_bytes("caf\xe9".encode("latin-1"))
+    found = read_source(tmp_path)
+    text = "\n".join(found.problems)
+    assert len(found.problems) == 4
+    for part in ("a.png: found the same stem as a.jpg", "c.gif: found a .gif file", "d.png: found a link to nothing"):
+        assert part in text
+    assert "e.txt: found a byte that is not UTF-8 at position 3" in text
+    assert found.notes == [f"{tmp_path / 'control_images/orphan.png'}: no target of that stem, not used"]
+
+
+def test_captions_lose_mark_and_space_and_empty_is_missing(tmp_path):
+    pair(tmp_path, "a", caption="\ufeff  two\nlines \n")
+    pair(tmp_path, "b", caption=" \n")
+    assert [record.prompt for record in read_source(tmp_path).records] == ["two\nlines", None]
+
+
+def test_stems_match_across_unicode_forms(tmp_path):
+    picture(tmp_path / "images/caf\u00e9.png")
+    picture(tmp_path / "control/cafe\u0301.png")
+    (tmp_path / "images/cafe\u0301.txt").write_text("x")
+    record = read_source(tmp_path).records[0]
+    assert (record.id, len(record.controls), record.prompt) == ("caf\u00e9", 1, "x")
+
+
+def write_csv(path: Path, rows: list[dict], encoding: str = "utf-8") -> Path:
+    with path.open("w", encoding=encoding, newline="") as stream:
+        writer = csv.DictWriter(stream, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def test_csv(tmp_path):
+    for name in ("t/a.png", "c/a.png", "c/b.png", "m/a.png", "t/b.png"):
+        picture(tmp_path / name)
+    rows = [
+        {"path_control_10": "c/b.png", "path_target": "t/b.png", "path_control_2": "", "prompt": "b", "path_mask": ""},
+        {
+            "path_control_10": "c/b.png",
+            "path_target": "t/a.png",
+            "path_control_2": "c/a.png",
+            "prompt": "a",
+            "path_mask": "m/a.png",
+        },
+    ]
+    found = read_source(write_csv(tmp_path / "data.csv", rows, "utf-8-sig"))
+    a, b = found.records
+    assert found.problems == []
+    assert (a.id, a.prompt, names(a.controls), a.mask.path.parent.name) == ("a", "a", ["a.png", "b.png"], "m")
+    assert (b.id, names(b.controls), b.mask) == ("b", ["b.png"], None)
+
+
+@pytest.mark.parametrize("name", ["/etc/hostname", "../outside.png", "t/../../outside.png", "./../x.png"])
+def test_tables_cannot_leave_their_folder(tmp_path, name):
+    picture(tmp_path / "outside.png")
+    (tmp_path / "set").mkdir()
+    path = write_csv(tmp_path / "set/data.csv", [{"path_target": name, "prompt": "x"}])
+    found = read_source(path)
+    assert found.records == []
+    assert len(found.problems) == 1
+    assert f"{path}:2: path_target: found {name}, expected a path inside" in found.problems[0]
+
+
+def test_table_problems(tmp_path):
+    picture(tmp_path / "a.png")
+    path = tmp_path / "data.csv"
+    path.write_text("path_target,prompt,colour\na.png,x,red\nb.png,y,red\n,z,red\na.png,1,2,3\na.png,again,blue\n")
+    found = read_source(path)
+    assert [record.id for record in found.records] == ["a", "a#2"]
+    assert [problem.split(": ")[0].rpartition(":")[2] for problem in found.problems] == ["5", "3", "4"]
+    assert found.notes == [f"{path}: columns not used: colour"]
+    path.write_text("picture,prompt\na.png,x\n")
+    assert "found no target column" in read_source(path).problems[0]
+    (tmp_path / "data.jsonl").write_text('{"target": "a.png"}\n\nnot json\n[1]\n')
+    found = read_source(tmp_path / "data.jsonl")
+    assert len(found.records) == 1
+    assert len(found.problems) == 2
+
+
+def test_nothing_there(tmp_path):
+    assert "repo_id" in read_source(tmp_path / "lost").problems[0]
+    assert "found no pictures" in read_source(tmp_path).problems[0]
+
+
+def test_columns_are_known_by_their_names():
+    found = columns_of(
+        ["control_10_file_name", "control_2_file_name", "mask_file_name", "file_name", "text", "control_note"]
+    )
+    assert found.controls == ("control_2_file_name", "control_10_file_name")
+    assert (found.target, found.mask, found.prompt, found.id) == ("file_name", "mask_file_name", "text", None)
+    hub = columns_of(COLUMNS)
+    assert (hub.controls, hub.mask, hub.target) == (("control_images",), "control_mask", "target_image")
+
+
+def test_natural_order():
+    assert sorted(["a10", "a2", "b", "a", "10", "9"], key=natural) == ["9", "10", "a", "a2", "a10", "b"]
+
+
+@pytest.fixture
+def three_forms(tmp_path) -> dict[str, Path]:
+    """The same pictures as plain folder, imagefolder and CSV."""
+    plain, image_folder = tmp_path / "plain", tmp_path / "imagefolder"
+    rows, table = [], []
+    for i, stem in enumerate(("p2", "p10", "p1")):
+        pair(plain, stem, grey=10 * i, controls=i, caption=f"caption {i}")
+        if i == 2:
+            picture(plain / f"training_images/{stem}_mask.png", 255)
+    for record in read_source(plain).records:
+        files = {"target_file_name": record.target, "mask_file_name": record.mask}
+        row = {"prompt": record.prompt, "control_images": []}
+        for column, ref in files.items():
+            row[column] = copied(ref.path, image_folder / column[:6]) if ref else None
+        row["control_images"] = [copied(ref.path, image_folder / "controls") for ref in record.controls]
+        rows.append(row)
+        cells = (row["control_images"] + ["", ""])[:2]
+        table.append(
+            {
+                "path_target": row["target_file_name"],
+                "path_control": cells[0],
+                "path_control_1": cells[1],
+                "prompt": row["prompt"],
+                "path_mask": row["mask_file_name"] or "",
+            }
+        )
+    (image_folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in reversed(rows)))
+    return {"plain": plain, "imagefolder": image_folder, "csv": write_csv(image_folder / "table.csv", table)}
+
+
+def copied(source: Path, folder: Path) -> str:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / source.name).write_bytes(source.read_bytes())
+    return f"{folder.name}/{source.name}"
+
+
+def test_all_forms_of_a_data_set_are_the_same(three_forms, tmp_path):
+    forms = dict(three_forms)
+    for name in ("plain", "imagefolder"):
+        dataset = load_editing_dataset(three_forms[name])
+        assert tuple(dataset.column_names) == COLUMNS
+        assert dataset[0]["target_image"].size == (32, 32)
+        forms[f"saved {name}"] = tmp_path / f"saved_{name}"
+        dataset.save_to_disk(forms[f"saved {name}"])
+    forms["parquet"] = tmp_path / "parquet"
+    forms["parquet"].mkdir()
+    load_editing_dataset(forms["saved plain"]).to_parquet(forms["parquet"] / "train-00000-of-00001.parquet")
+    opened = {name: open_dataset(config(path, allow_missing_controls=True), FAMILY) for name, path in forms.items()}
+    expected = opened.pop("plain")
+    assert [expected.spec(i).id for i in range(3)] == ["p1", "p2", "p10"]
+    assert [len(expected.spec(i).controls) for i in range(3)] == [2, 0, 1]
+    for name, dataset in opened.items():
+        assert [dataset.spec(i) for i in range(3)] == [expected.spec(i) for i in range(3)], name
+        assert dataset.fingerprint() == expected.fingerprint(), name
+        assert dataset.load(0).controls[1].tobytes() == expected.load(0).controls[1].tobytes()
+        assert dataset.load(0).digest == expected.load(0).digest
+
+
+def test_columns_of_an_imagefolder_made_by_others(three_forms, tmp_path):
+    import datasets
+
+    files = {record.id: record for record in read_source(three_forms["plain"]).records}
+    other = datasets.Dataset.from_dict(
+        {
+            "target": [str(files[name].target.path) for name in ("p1", "p10")],
+            "control": [str(files[name].controls[0].path) for name in ("p1", "p10")],
+            "control_2": [str(files["p1"].controls[1].path), None],
+            "text": ["caption 2", None],
+        }
+    )
+    for column in ("target", "control", "control_2"):
+        other = other.cast_column(column, datasets.Image())
+    datasets.DatasetDict({"train": other, "test": other.select([0])}).save_to_disk(tmp_path / "saved")
+    assert is_hub_folder(tmp_path / "saved")
+    found = read_hub(tmp_path / "saved")
+    assert [(record.id, len(record.controls), record.prompt) for record in found.records] == [
+        ("p1", 2, "caption 2"),
+        ("p10", 1, None),
+    ]
+    assert found.records[0].controls[1].digest == files["p1"].controls[1].digest
+    standard = load_editing_dataset(tmp_path / "saved")
+    assert tuple(standard.column_names) == COLUMNS
+    assert standard["id"][:] == ["p1", "p10"]
+    assert [len(row) for row in standard["control_images"]] == [2, 1]
+    assert len(load_editing_dataset(tmp_path / "saved", split="test")) == 1
+    with pytest.raises(UserError, match="has no split dev, it has train, test"):
+        load_editing_dataset(tmp_path / "saved", split="dev")
+
+
+def test_hub_rows_cannot_name_files_elsewhere(tmp_path):
+    import datasets
+
+    outside = picture(tmp_path / "outside.png")
+    cell = {"path": str(outside), "bytes": None}
+    rows = datasets.Dataset.from_dict(
+        {"target_image": [cell], "prompt": ["x"]},
+        features=datasets.Features({"target_image": datasets.Image(decode=False), "prompt": datasets.Value("string")}),
+    )
+    from qflux.data.hub_sources import RowImage
+
+    table = rows.with_format("arrow")
+    with pytest.raises(ValueError, match="outside of the data set"):
+        RowImage(table, 0, "target_image", None, (tmp_path / "set",))()
+    assert RowImage(table, 0, "target_image", None, (tmp_path,))() == outside.read_bytes()
+
+
+def test_hub_problems_are_lines_not_tracebacks(tmp_path):
+    import datasets
+
+    datasets.Dataset.from_dict({"a": [1]}).save_to_disk(tmp_path / "none")
+    assert "expected target_image" in read_hub(tmp_path / "none").problems[0]
+    datasets.Dataset.from_dict({"target_image": ["x.png"]}).save_to_disk(tmp_path / "text")
+    assert "holds no pictures" in read_hub(tmp_path / "text").problems[0]
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken/state.json").write_text("{")
+    problems = scan(config(tmp_path / "broken"), FAMILY).problems
+    assert "cannot be opened" in problems[0]
+
+
+def test_load_editing_dataset_lists_problems(tmp_path):
+    with pytest.raises(UserError, match="found no pictures"):
+        load_editing_dataset(tmp_path)
+
+
+def test_split_folders(tmp_path):
+    pair(tmp_path / "train", "a")
+    pair(tmp_path / "test", "b")
+    assert read_source(tmp_path).records[0].id == "a"
+    assert read_source(tmp_path, split="test").records[0].id == "b"
