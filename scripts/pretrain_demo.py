@@ -170,7 +170,7 @@ def train_vae(work: Path, say: Callable[[str], None]) -> None:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
-        if step % 250 == 0 or step == VAE_STEPS:
+        if step % 200 == 0 or step == VAE_STEPS:
             vae.eval()
             psnr, iou = judge_vae(vae, DOCS / "vae.png")
             vae.train()

@@ -69,7 +69,7 @@ class Columns:
 def natural(text: str) -> tuple[Any, ...]:
     """Sort key that orders numbers inside names by value: ``a2`` before ``a10``."""
     parts = re.split(r"(\d+)", text)
-    return (*((int(part), "") if i % 2 else (-1, part) for i, part in enumerate(parts)), text)
+    return (tuple((int(part), "") if i % 2 else (-1, part) for i, part in enumerate(parts)), text)
 
 
 def read_source(

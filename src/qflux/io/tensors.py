@@ -60,7 +60,8 @@ def _layout(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None) -
             raise TypeError(f"tensor {name!r} of {tensor.dtype} cannot be stored in a safetensors file")
         table[name] = {"dtype": _CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets[name]}
     header = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
-    header += b" " * (-len(header) % 8)
+    # Readers map the file: on memory that is not aligned to 64 bytes CPU kernels may round otherwise.
+    header += b" " * (-(len(header) + 8) % 64)
     return len(header).to_bytes(8, "little") + header, order
 
 

@@ -157,20 +157,21 @@ def guarded_step(optimizer: Optimizer, params: Iterable[torch.nn.Parameter], fin
     """Step where ``finite`` (a boolean scalar) is true; where it is false, weights and state stay as they were.
 
     True gives the bits of a plain step. A flag on the CPU is simply read. On a device nothing waits for it: fused AdamW
-    takes the flag into its kernel, the others step and are put back by a select; there, Python numbers in the state (Adafactor's step, schedule-free's averaging weight) count the skipped step. Read on the
-    device too: the first step of all, which creates the state, and optimizers that wait in every step anyway
-    (bitsandbytes, Prodigy).
+    takes the flag into its kernel, the others step and are put back by a select; there, Python numbers in the state
+    (Adafactor's step, schedule-free's averaging weight) count the skipped step. Read on the device too: the first step
+    of all, which creates the state, and optimizers that wait in every step anyway (bitsandbytes, Prodigy).
     """
+    live = [param for param in params if param.grad is not None]
     if finite.device.type == "cpu":
         if bool(finite):
             optimizer.step()
     elif all(group.get("fused") for group in optimizer.param_groups):
         _step_fused(optimizer, finite)
-    elif _waits(optimizer) or any(not optimizer.state.get(param) for param in params if param.grad is not None):
+    elif _waits(optimizer) or any(not optimizer.state.get(param) for param in live):
         if bool(finite):
             optimizer.step()
     else:
-        _step_masked(optimizer, [param for param in params if param.grad is not None], finite)
+        _step_masked(optimizer, live, finite)
 
 
 def _waits(optimizer: Optimizer) -> bool:

@@ -87,7 +87,7 @@ class Subject:
                 "train": {
                     "trainer": self.name,
                     "mixed_precision": precision,
-                    "guidance_scale": 2.5,
+                    "guidance_scale": 2.0,
                     "loss": {"mask_loss": True},
                 },
                 "cache": {"cache_dir": str(self.folder / "cache")},

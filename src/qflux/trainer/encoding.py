@@ -90,15 +90,6 @@ class Encoder:
             self._parts = self._load([name for stage in self.trainer.family.stages for name in stage.components])
         return self._encode(self._parts, sample, images=True)
 
-    def text_only(self, sample: EditSample) -> EncodedSample:
-        """The text of one sample, components loaded one stage at a time and freed."""
-        text: dict[str, torch.Tensor] = {}
-        for stage in self.trainer.family.stages:
-            if stage.kind == "text":
-                with self.open_stage(stage) as encode:
-                    text |= encode(sample).text
-        return EncodedSample(None, [], text, None, sample.sizes)
-
     def _load(self, components: Sequence[str]) -> dict[str, Any]:
         loaded = {name: self.trainer.load(name) for name in components}
         for part in loaded.values():

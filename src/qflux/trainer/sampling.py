@@ -16,9 +16,10 @@ from qflux.io.progress import say
 from qflux.models import adapters
 from qflux.models.optimizers import eval_mode
 from qflux.runtime.checkpoint import find_checkpoint, verify_checkpoint
-from qflux.trainer.encoding import Encoder, cache_manager, digest_memo, fill_cache, text_stages
+from qflux.trainer.encoding import cache_manager, digest_memo, fill_cache, text_stages
 from qflux.trainer.state import Weights
 from qflux.types import EditSample
+from qflux.validation.comparison import encode_texts
 from qflux.validation.held_out import HeldOut
 from qflux.validation.validation_sampler import ValidationSampler
 
@@ -39,8 +40,8 @@ def validation_samples(trainer: BaseTrainer, cache: CacheManager | None, stop: S
         for i, sample in enumerate(trainer.config.logging.validation.samples)
     ]
     if cache is None:
-        encoder = Encoder(trainer)
-        return [(sample, encoder.text_only(sample).text) for _, sample in pairs]
+        samples = [sample for _, sample in pairs]
+        return list(zip(samples, encode_texts(trainer, samples), strict=True))
     texts = text_stages(cache)
     specs = [spec for spec, _ in pairs]
     fill_cache(trainer, texts, specs, lambda i: pairs[i][1], stop=stop)

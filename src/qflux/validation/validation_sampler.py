@@ -83,7 +83,7 @@ class ValidationSampler:
 
     def _one(self, model: Any, i: int, stop: StopSignal) -> Image.Image | None:
         sample, text = self.samples[i]
-        settings, train = self.trainer.config.logging.validation, self.trainer.config.train
+        settings = self.trainer.config.logging.validation
         pipe = self.trainer.pipeline({**self.components, self.trainer.family.denoiser: model})
         pipe.set_progress_bar_config(disable=True)
 
@@ -91,12 +91,11 @@ class ValidationSampler:
             pipe._interrupt = stop.asked
             return values
 
-        scale = settings.guidance_scale if settings.guidance_scale is not None else train.guidance_scale
         image = call_pipeline(
             pipe,
             self.trainer.call_kwargs(sample),
             **{name: tensor[None].to(self.trainer.device) for name, tensor in text.items()},
-            guidance_scale=scale,
+            guidance_scale=settings.guidance_scale,
             num_inference_steps=settings.num_inference_steps,
             generator=torch.Generator("cpu").manual_seed(settings.seed + i),
             callback_on_step_end=poll,
