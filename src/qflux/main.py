@@ -61,7 +61,7 @@ def check(config: Config, trainer_class: type[BaseTrainer], args: argparse.Names
     from qflux.data.check import check_data
 
     out = args.out or Path(config.logging.output_dir) / config.logging.tracker_project_name
-    report = check_data(config.data, trainer_class.family, out_dir=out)
+    report = check_data(config.data, trainer_class.family, out_dir=out, progress=not args.json)
     report = replace(report, problems=(*early_problems(config), *report.problems))
     print(report.to_json() if args.json else report.text())
     return DONE if report.ok else UserError.exit_code

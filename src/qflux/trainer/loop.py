@@ -33,6 +33,12 @@ if TYPE_CHECKING:
     from qflux.trainer.base_trainer import BaseTrainer
 
 
+SIZED_BY_CONFIG = (
+    "data.control_plan: config sized the controls; the official pipeline resizes controls by its own rule: give "
+    "it controls of the trained size and switch its own resizing off"
+)
+
+
 @dataclass
 class Run:
     """A run that is ready for its next step."""
@@ -113,7 +119,11 @@ def fit(trainer: BaseTrainer, stop: StopSignal, resume: str | None) -> None:
     batch = setup.samples_per_step(trainer, place.processes)
     identity = setup.run_identity(trainer, datasets[0], memo, batch)
     memo.save()
-    folder = open_run(trainer.config, identity, resume, device=str(place.device), data=datasets[0].fingerprint())
+    fingerprint, notes = (
+        datasets[0].fingerprint(),
+        [SIZED_BY_CONFIG] if trainer.config.data.control_plan == "config" else [],
+    )
+    folder = open_run(trainer.config, identity, resume, device=str(place.device), data=fingerprint, notes=notes)
     say(f"run folder {folder.path}")
     code, reason, step = 1, "ended by a bug", folder.step
     run: Run | None = None

@@ -62,6 +62,7 @@ def run_identity(trainer: BaseTrainer, dataset: EditDataset, memo: DigestMemo, b
     lora = config.model.lora
     return {
         "model": model_identity(trainer.folder, _components(trainer), memo),
+        "quantize": config.model.quantize,
         "data": dataset.fingerprint(),
         "lora": None if lora is None else lora.model_dump(mode="json"),
         "samples_per_step": batch,

@@ -129,9 +129,7 @@ def measure(trainer: Any, model: Any, dataset: EditDataset, count: int, out: Pat
     return summary(samples, pictures, seconds)
 
 
-def summary(
-    samples: Sequence[EditSample], pictures: Sequence[Image.Image], seconds: Sequence[float]
-) -> dict[str, Any]:
+def summary(samples: Sequence[EditSample], pictures: Sequence[Image.Image], seconds: Sequence[float]) -> dict[str, Any]:
     """Scores of the pictures as plain JSON: means, and one dict a pair; NaN becomes None."""
     rows = []
     for sample, picture, spent in zip(samples, pictures, seconds, strict=True):

@@ -8,7 +8,7 @@ its own encoded samples. Where the two agree, training is inference.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -42,9 +42,11 @@ class Difference:
         distance = gap.norm().item()
         return cls(gap.abs().max().item(), distance / size if size else (float("inf") if distance else 0.0))
 
-    def worse(self, other: Difference) -> Difference:
-        """The larger of both numbers."""
-        return Difference(max(self.maximum, other.maximum), max(self.relative, other.relative))
+
+def worst(differences: Iterable[Difference]) -> Difference:
+    """The largest of both numbers; at least one difference."""
+    found = list(differences)
+    return Difference(max(one.maximum for one in found), max(one.relative for one in found))
 
 
 def load_components(trainer: Any) -> dict[str, Any]:
@@ -178,9 +180,29 @@ def velocity_difference(
     encoded = encode_samples(trainer, components, samples)
     pipe = official_pipeline(trainer, components, samples[0])
     recordings = [record_sample(trainer, pipe, s, seed=seed + i, steps=steps) for i, s in enumerate(samples)]
-    worst = Difference(0.0, 0.0)
-    for calls in zip(*recordings, strict=True):
-        worst = worst.worse(
-            Difference.of(*replay(trainer, components[trainer.family.denoiser], pipe, encoded, calls))
-        )
-    return worst
+    network = components[trainer.family.denoiser]
+    levels = zip(*recordings, strict=True)
+    return worst(Difference.of(*replay(trainer, network, pipe, encoded, calls)) for calls in levels)
+
+
+def argument_difference(
+    trainer: Any, components: Mapping[str, Any], sample: EditSample, *, seed: int = 0
+) -> Difference:
+    """Largest difference between the tensors that the network gets from the pipeline and from the trainer.
+
+    Sharper than the velocity where a network does not see a change, such as the order of text tokens without positions.
+    Raises ValueError where a name or a plain value differs.
+    """
+    pipe = official_pipeline(trainer, components, sample)
+    encoded = encode_samples(trainer, components, [sample])
+    call = record_sample(trainer, pipe, sample, seed=seed, steps=1)[0]
+    with recorded(pipe, trainer.family.denoiser) as calls:
+        replay(trainer, components[trainer.family.denoiser], pipe, encoded, [call])
+    theirs, ours = call["arguments"], calls[0]["arguments"]
+    if theirs.keys() != ours.keys():
+        raise ValueError(f"the network's arguments are {sorted(ours)}, the pipeline gives {sorted(theirs)}")
+    tensors = {name: value for name, value in theirs.items() if isinstance(value, Tensor)}
+    for name in theirs.keys() - tensors.keys():
+        if ours[name] != theirs[name]:
+            raise ValueError(f"argument {name}: found {ours[name]!r}, the pipeline gives {theirs[name]!r}")
+    return worst(Difference.of(ours[name], value) for name, value in tensors.items())
