@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import argparse
 import random
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +23,7 @@ import numpy as np
 from PIL import Image
 
 from qflux.demo import shapes, tiny_models
+from qflux.io.atomic import write_text
 from qflux.io.quiet import quiet_imports
 
 if TYPE_CHECKING:
@@ -33,6 +36,46 @@ DOCS = ROOT / "docs" / "demo"
 VAE_STEPS, VAE_BATCH, VAE_RATE, VAE_WARMUP, VAE_KL, VAE_SEED = 3200, 16, 8e-4, 50, 1e-4, 11
 MIXED = 2  # decoded colour mixtures a step
 HELD_OUT_SEED = 990
+
+PAIRS, PAIRS_SEED, HELD_OUT_PAIRS, INIT_SEED = 6000, 0, 64, 0
+RUN = """\
+model:
+  pretrained_model_name_or_path: base
+  lora: null
+
+data:
+  dataset_path: data/train
+  batch_size: 16
+  target_size: [64, 64]
+  max_sequence_length: 64
+
+train:
+  trainer: FluxKontext
+  max_train_steps: 8000
+  seed: 1
+  mixed_precision: "no"
+  guidance_scale: 1.0
+  max_grad_norm: 1.0
+  optimizer: {name: adamw, lr: 1e-3, betas: [0.9, 0.99], weight_decay: 0.01}
+  lr_scheduler: {name: cosine, warmup_steps: 100}
+  sigma: {sampling: uniform, shift: none}
+  ema: {decay: 0.998}
+  checkpointing_steps: 1000
+  checkpoints_total_limit: 2
+
+logging:
+  output_dir: runs
+  tracker_project_name: pretrain
+  logging_steps: 20
+  validation:
+    steps: 1000
+    num_inference_steps: 8
+    held_out: data/held_out
+    samples:
+SAMPLES
+cache:
+  cache_dir: cache
+"""
 
 
 class Geometry:
@@ -184,22 +227,78 @@ def train_vae(work: Path, say: Callable[[str], None]) -> None:
     vae.to(memory_format=torch.contiguous_format).save_pretrained(work / "vae")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--stage", default="all", choices=("vae", "data", "transformer", "publish", "all"))
-    arguments = parser.parse_args()
-    arguments.work.mkdir(parents=True, exist_ok=True)
-    DOCS.mkdir(parents=True, exist_ok=True)
-    if arguments.stage in ("vae", "all"):
-        with (DOCS / "vae_log.txt").open("w") as log:
+def publish_frame(work: Path) -> None:
+    """Put everything but the transformer's weights into the package: VAE, text encoders, tokenizers, scheduler."""
+    with quiet_imports():
+        import torch
+        from diffusers import AutoencoderKL
+    torch.manual_seed(VAE_SEED)
+    vae = AutoencoderKL.from_pretrained(work / "vae")
+    tiny_models.save_kontext(
+        tiny_models.PRETRAINED, tiny_models.make_transformer(tiny_models.BASE), vae, tiny_models.BASE
+    )
+    for weights in (tiny_models.PRETRAINED / "transformer").glob("*.safetensors"):
+        weights.unlink()
+
+
+def write_run(work: Path) -> None:
+    """Write the pretraining pairs, the base folder and the run's config."""
+    shapes.write_pairs(work / "data" / "train", PAIRS, PAIRS_SEED, "pretrain")
+    held_out = shapes.write_pairs(work / "data" / "held_out", HELD_OUT_PAIRS, PAIRS_SEED, "pretrain", start=PAIRS)
+    tiny_models.build_flux_kontext_base(work / "base", INIT_SEED)
+    lines = []
+    for number, pair in enumerate(held_out[:12], PAIRS):
+        control, target = (f"data/held_out/{kind}_images/{number:05d}.png" for kind in ("control", "training"))
+        lines.append(f"      - {{prompt: {pair.prompt}, controls: [{control}], target: {target}}}\n")
+    write_text(work / "config.yaml", RUN.replace("SAMPLES\n", "".join(lines)))
+
+
+def publish_transformer(work: Path) -> None:
+    """Copy the newest checkpoint's averaged transformer into the package, rounded to bf16."""
+    with quiet_imports():
+        import torch
+        from diffusers import FluxTransformer2DModel
+    runs = sorted((work / "runs" / "pretrain").glob("v*/checkpoint-*/ema"), key=lambda folder: folder.stat().st_mtime)
+    if not runs:
+        raise SystemExit(f"no averaged checkpoint under {work / 'runs'}; run the stage transformer first")
+    transformer = FluxTransformer2DModel.from_pretrained(runs[-1] / "transformer")
+    transformer.to(torch.bfloat16).save_pretrained(tiny_models.PRETRAINED / "transformer")
+    tiny_models.forget_origin(tiny_models.PRETRAINED)
+    print(f"published {runs[-1]}", flush=True)
+
+
+def run_stage(stage: str, work: Path) -> None:
+    """Run one stage; see the module's text."""
+    if stage == "vae":
+        with (DOCS / "vae_log.txt").open("w", encoding="utf-8") as log:
 
             def say(line: str) -> None:
                 print(line, flush=True)
                 log.write(line + "\n")
                 log.flush()
 
-            train_vae(arguments.work, say)
+            train_vae(work, say)
+        publish_frame(work)
+    elif stage == "data":
+        write_run(work)
+    elif stage == "transformer":
+        command = [sys.executable, "-m", "qflux.main", "--config", str(work / "config.yaml"), "--resume", "auto"]
+        subprocess.run(command, check=True)
+    else:
+        publish_transformer(work)
+
+
+def main() -> None:
+    """Read the command line and run its stages."""
+    stages = ("vae", "data", "transformer", "publish")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True, help="folder for data, runs and checkpoints")
+    parser.add_argument("--stage", default="all", choices=(*stages, "all"))
+    arguments = parser.parse_args()
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    DOCS.mkdir(parents=True, exist_ok=True)
+    for stage in stages if arguments.stage == "all" else (arguments.stage,):
+        run_stage(stage, arguments.work)
 
 
 if __name__ == "__main__":

@@ -104,7 +104,7 @@ class Subject:
 
 
 def drawn_sample(trainer: Any, controls: int, seed: int = 0, prompt: str = PROMPT) -> EditSample:
-    """A sample of smooth random pictures with ``controls`` controls, the second and later ones of sizes of their own."""
+    """A sample of smooth random pictures with ``controls`` controls; from the second on of other sizes."""
     sources = [SOURCES[0], *(SOURCES[index % len(SOURCES)] for index in range(controls))]
     draw = np.random.default_rng(seed)
     pictures = []

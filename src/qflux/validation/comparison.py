@@ -131,7 +131,7 @@ def measure(trainer: Any, model: Any, dataset: EditDataset, count: int, out: Pat
 
 def summary(samples: Sequence[EditSample], pictures: Sequence[Image.Image], seconds: Sequence[float]) -> dict[str, Any]:
     """Scores of the pictures as plain JSON: means, and one dict a pair; NaN becomes None."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for sample, picture, spent in zip(samples, pictures, seconds, strict=True):
         scores = {name: None if math.isnan(value) else value for name, value in score(picture, sample).items()}
         rows.append({"id": sample.id, "prompt": sample.prompt, "seconds": spent, **scores})

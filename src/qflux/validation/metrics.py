@@ -61,8 +61,8 @@ def ssim(image: Image.Image, reference: Image.Image, mask: Image.Image | None = 
     region = _region(mask, inside, first.shape[:2])
     if not region.any():
         return math.nan
-    tensors = [torch.from_numpy(pixels / 255).permute(2, 0, 1)[None] for pixels in (first, second)]
-    _, local = structural_similarity_index_measure(*tensors, data_range=1.0, return_full_image=True)
+    a, b = (torch.from_numpy(pixels / 255).permute(2, 0, 1)[None] for pixels in (first, second))
+    _, local = structural_similarity_index_measure(a, b, data_range=1.0, return_full_image=True)
     return float(local[0].mean(0)[torch.from_numpy(region)].mean())
 
 

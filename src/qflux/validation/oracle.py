@@ -145,7 +145,12 @@ def encode_samples(trainer: Any, components: Mapping[str, Any], samples: Sequenc
 
 
 def latents_of(pipe: Any, tokens: Tensor, sample: EncodedSample) -> Tensor:
-    """The target's part of the network's tokens ``[B, L, D]`` as latents ``[B, C, h, w]``, by the pipeline's own rule."""
+    """The target's part of the tokens ``[B, L, D]`` as latents ``[B, C, h, w]``, by the pipeline's own rule.
+
+    A network that takes latents as they are gets them back unchanged.
+    """
+    if tokens.ndim == 4:
+        return tokens
     height, width = sample.sizes.target.size
     scale = pipe.vae_scale_factor
     count = (height // (2 * scale)) * (width // (2 * scale))

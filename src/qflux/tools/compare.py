@@ -1,0 +1,295 @@
+"""Two trained runs, checkpoints or adapters on held-out pairs: numbers, pictures and a report.
+
+Both are measured with the first one's ruler: its data sizes, noise levels, loss, seed and sampling steps.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qflux.config import Config, load_config
+from qflux.config_values import DatasetEntry
+from qflux.data.dataset import EditDataset, open_dataset
+from qflux.errors import UserError
+from qflux.io.atomic import write_json, write_text
+from qflux.io.tensors import read_metadata
+from qflux.models import adapters
+from qflux.models.loading import free, resolve_model, torch_dtype
+from qflux.parallel.placement import Placement
+from qflux.runtime.checkpoint import find_checkpoint, verify_checkpoint
+from qflux.trainer.encoding import SampleReader, cache_manager, digest_memo, fill_cache
+from qflux.trainer.sampling import load_trained
+from qflux.trainer.setup import Shift
+from qflux.validation.comparison import METRICS, answers, save_pictures, summary, text_table
+from qflux.validation.held_out import HeldOut
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from qflux.types import EditSample
+
+BASE = "base"
+COUNT = 16
+_UNITS = {"psnr": "dB", "seconds_per_image": "s"}
+_STYLE = """
+:root{color-scheme:light dark}
+body{margin:0 auto;padding:2rem 1.25rem;max-width:1100px;font:15px/1.5 system-ui,sans-serif;
+font-variant-numeric:tabular-nums}
+table{border-collapse:collapse;margin:1rem 0}td,th{padding:.25rem .9rem .25rem 0;border-top:1px solid #8884;
+text-align:right}td:first-child,th:first-child{text-align:left}img{max-width:100%;height:auto}
+"""
+
+
+@dataclass
+class Side:
+    """One of the two: how it was named, its config, its weights (a folder, an adapter file, or None = bare model)."""
+
+    word: str
+    config: Config
+    weights: Path | None
+
+
+def compare_runs(
+    words: tuple[str, str],
+    trainers: Mapping[str, type[Any]],
+    *,
+    data: Path | None = None,
+    out: Path = Path("comparison"),
+    count: int = COUNT,
+) -> dict[str, Any]:
+    """Measure both sides and write ``compare.json``, ``sheet.png``, the pictures and ``report.html`` into ``out``.
+
+    words    for each side a run folder, a checkpoint, an adapter file, or ``base`` for the model without an adapter
+    trainers name → class · data  folder of held-out pairs; None takes the first run's ``logging.validation.held_out``
+    Returns what ``compare.json`` holds. Raises UserError where a side or the data cannot be found.
+    """
+    sides = open_sides(words)
+    entries = _entries(sides[0].config, data)
+    measured: list[dict[str, Any]] = []
+    pictures: dict[str, list[Image.Image]] = {}
+    samples: list[EditSample] = []
+    for letter, side in zip("AB", sides, strict=True):
+        found, drawn, samples = _measure(side, trainers, entries, count)
+        measured.append({"run": side.word, "weights": side.weights.name if side.weights else BASE, **found})
+        pictures[letter] = drawn
+    result = {"pairs": len(samples), "a": measured[0], "b": measured[1]}
+    sheet = save_pictures(out, samples, pictures)
+    write_json(out / "compare.json", result)
+    write_text(out / "report.html", report(result, sheet.read_bytes()))
+    return result
+
+
+def open_sides(words: tuple[str, str]) -> tuple[Side, Side]:
+    """Both sides; one without a config of its own (``base``, a lone adapter) borrows the other's. UserError if none."""
+    configs = [_config_of(word) for word in words]
+    if all(config is None for config in configs):
+        raise UserError(
+            f"--compare: neither {words[0]} nor {words[1]} lies in a run's folder, expected a config.yaml beside or "
+            "above one of them; name a run folder or a checkpoint in it"
+        )
+    first, second = configs[0] or configs[1], configs[1] or configs[0]
+    assert first is not None
+    assert second is not None
+    problems: list[str] = []
+    weights = [_weights_of(word, problems) for word in words]
+    if problems:
+        raise UserError(*problems)
+    sides = [Side(*parts) for parts in zip(words, (first, second), weights, strict=True)]
+    for side, own in zip(sides, configs, strict=True):
+        if own is None and side.weights is not None:
+            side.config = _with_adapter(side.config, side.weights)
+    sides[1].config = _same_ruler(sides[1].config, sides[0].config)
+    return sides[0], sides[1]
+
+
+def _config_of(word: str) -> Config | None:
+    """The config of the run that a path lies in."""
+    if word == BASE:
+        return None
+    path = Path(word).resolve()
+    for folder in (path, *list(path.parents)[:3]):
+        if (folder / "config.yaml").is_file():
+            return load_config(folder / "config.yaml")
+    return None
+
+
+def _weights_of(word: str, problems: list[str]) -> Path | None:
+    """A checkpoint folder, a folder with an adapter, an adapter file, or None for the bare model."""
+    path = Path(word)
+    if word == BASE:
+        return None
+    if path.is_file() and path.suffix == ".safetensors":
+        return path
+    if (path / "manifest.json").is_file():
+        problems += [f"{path}: {problem}" for problem in verify_checkpoint(path)]
+        return path
+    found = find_checkpoint(path) if path.is_dir() else None
+    if found is None and (path / adapters.WEIGHTS_FILE).is_file():
+        return path
+    if found is None:
+        problems.append(
+            f"--compare: found no weights at {path}, expected a run folder, a checkpoint, an adapter file or {BASE!r}"
+        )
+    return found
+
+
+def _with_adapter(config: Config, weights: Path) -> Config:
+    """The borrowed config with the rank, alpha and targets that a lone adapter file names."""
+    file = weights if weights.is_file() else weights / adapters.WEIGHTS_FILE
+    text = read_metadata(file).get(adapters.METADATA_KEY)
+    if text is None or config.model.lora is None:
+        return config
+    saved = {key.rpartition(".")[2]: value for key, value in json.loads(text).items()}
+    targets = saved["target_modules"]
+    lora = config.model.lora.model_copy(
+        update={
+            "r": saved["r"],
+            "lora_alpha": saved["lora_alpha"],
+            "target_modules": targets if isinstance(targets, str) else tuple(targets),
+            "use_dora": bool(saved.get("use_dora")),
+        }
+    )
+    return config.model_copy(update={"model": config.model.model_copy(update={"lora": lora})})
+
+
+def _same_ruler(config: Config, ruler: Config) -> Config:
+    """``config`` measured as ``ruler`` is: data sizes, loss, noise levels, seed and sampling steps."""
+    data = ruler.data.model_copy(update={"max_sequence_length": config.data.max_sequence_length})
+    train = config.train.model_copy(update={"loss": ruler.train.loss, "sigma": ruler.train.sigma})
+    wanted = ruler.logging.validation
+    validation = config.logging.validation.model_copy(
+        update={"seed": wanted.seed, "num_inference_steps": wanted.num_inference_steps}
+    )
+    logging = config.logging.model_copy(update={"validation": validation})
+    return config.model_copy(update={"data": data, "train": train, "logging": logging})
+
+
+def _entries(config: Config, data: Path | None) -> Sequence[DatasetEntry]:
+    if data is not None:
+        return (DatasetEntry(path=data.resolve()),)
+    entries = config.logging.validation.held_out
+    if not entries:
+        raise UserError(
+            "--data: found none, and the first run's config has no logging.validation.held_out; "
+            "name a folder of pairs that were not trained on"
+        )
+    return entries
+
+
+def _measure(
+    side: Side, trainers: Mapping[str, type[Any]], entries: Sequence[DatasetEntry], count: int
+) -> tuple[dict[str, Any], list[Image.Image], list[EditSample]]:
+    """(numbers, pictures, samples) of one side; its network is freed again."""
+    trainer = _trainer(side, trainers)
+    dataset = open_dataset(trainer.config.data, trainer.family, entries=entries, memo=digest_memo(trainer))
+    count = min(count, len(dataset))
+    model = _network(trainer, side.weights).to(trainer.device)
+    losses = _losses(trainer, model, dataset, count)
+    samples = [dataset.load(index) for index in range(count)]
+    pictures, seconds = answers(trainer, model, samples, f"drawing {side.word}")
+    free(model)
+    return {**losses, **summary(samples, pictures, seconds)}, pictures, samples
+
+
+def _trainer(side: Side, trainers: Mapping[str, type[Any]]) -> Any:
+    config = side.config
+    if config.train.trainer not in trainers:
+        raise UserError(
+            f"train.trainer: {side.word} was trained with {config.train.trainer!r}, expected one of "
+            f"{', '.join(sorted(trainers))}"
+        )
+    cls = trainers[config.train.trainer]
+    names = [name for stage in cls.family.stages for name in stage.components]
+    model = config.model
+    folder = resolve_model(
+        model.pretrained_model_name_or_path, model.revision, [*names, "scheduler", cls.family.denoiser]
+    )
+    dtype = torch_dtype(config.train.mixed_precision if model.lora is not None else "no")
+    return cls(config, folder, dtype=dtype, device=Placement(config.train.mixed_precision).device)
+
+
+def _network(trainer: Any, weights: Path | None) -> Any:
+    if weights is None or weights.is_dir():
+        return load_trained(trainer, weights)
+    model = trainer.load(trainer.family.denoiser)
+    adapters.add_adapter(model, trainer.config.model.lora, trainer.family, trainer.config.train.seed)
+    adapters.load_adapter(weights, model)
+    return model
+
+
+def _losses(trainer: Any, model: Any, dataset: EditDataset, count: int) -> dict[str, Any]:
+    """Held-out loss, and the same for each noise level; None where it cannot be measured."""
+    cache = None
+    if trainer.config.cache.use_cache:
+        cache = cache_manager(trainer, digest_memo(trainer))
+        fill_cache(trainer, cache, [dataset.spec(index) for index in range(count)], dataset.load)
+    reader = SampleReader(trainer, dataset, cache)
+    held_out = HeldOut(trainer, reader.read, count, Shift.of(trainer))
+    held_out.count = count
+    with adapters.rounded_copy(model, trainer.dtype):
+        found = held_out.measure(model)
+    if found is None:
+        return {"loss": None, "loss_sigma": {}}
+    return {"loss": found[0], "loss_sigma": {f"{sigma:g}": value for sigma, value in found[1].items()}}
+
+
+def rows_of(result: Mapping[str, Any]) -> list[list[str]]:
+    """One row a measure: name, A, B, B − A; measures that neither side has are left out."""
+    a, b = result["a"], result["b"]
+    pairs = [("held-out loss", a["loss"], b["loss"])]
+    pairs += [(f"  at sigma {sigma}", value, b["loss_sigma"].get(sigma)) for sigma, value in a["loss_sigma"].items()]
+    for name in (*METRICS, "seconds_per_image"):
+        unit = _UNITS.get(name.partition("_inside")[0].partition("_outside")[0], "")
+        label = {"iou": "mask IoU"}.get(name, name.replace("psnr", "PSNR").replace("ssim", "SSIM").replace("_", " "))
+        pairs.append((f"{label} [{unit}]" if unit else label, a[name], b[name]))
+    return [
+        [label, _shown(first), _shown(second), _shown(None if None in (first, second) else second - first, "+")]
+        for label, first, second in pairs
+        if (first, second) != (None, None)
+    ]
+
+
+def _shown(value: float | None, sign: str = "") -> str:
+    return "–" if value is None else f"{value:{sign}.4f}"
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """The comparison as aligned text."""
+    head = f"A = {result['a']['run']} ({result['a']['weights']})\nB = {result['b']['run']} ({result['b']['weights']})"
+    return f"{head}\n{result['pairs']} held-out pairs\n" + text_table(["measure", "A", "B", "B - A"], rows_of(result))
+
+
+def report(result: Mapping[str, Any], sheet: bytes) -> str:
+    """A page with both tables and the sheet inside; it needs no network and no script."""
+    a, b = result["a"], result["b"]
+    names = [name for name in METRICS if any(row[name] is not None for row in (*a["samples"], *b["samples"]))]
+    header = ["pair", *(f"{name} {letter}".replace("_", " ") for name in names for letter in "AB")]
+    pairs = [
+        [f"{one['id']}: {one['prompt']}", *(_shown(row[name]) for name in names for row in (one, other))]
+        for one, other in zip(a["samples"], b["samples"], strict=True)
+    ]
+    picture = base64.b64encode(sheet).decode()
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>comparison</title>'
+        f"<style>{_STYLE}</style></head>\n<body><h1>Comparison on {result['pairs']} held-out pairs</h1>\n"
+        + "".join(
+            f"<p>{letter}: {escape(side['run'])} ({escape(side['weights'])})</p>"
+            for letter, side in (("A", a), ("B", b))
+        )
+        + _html_table(["measure", "A", "B", "B − A"], rows_of(result))
+        + f'<img alt="control, A, B, target" src="data:image/png;base64,{picture}">\n'
+        + _html_table(header, pairs)
+        + "</body></html>\n"
+    )
+
+
+def _html_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
+    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return f"<table><tr>{head}</tr>{body}</table>\n"
