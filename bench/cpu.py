@@ -27,13 +27,9 @@ from qflux.data.feeder import feed
 from qflux.demo import make
 from qflux.main import import_trainer
 from qflux.models.loading import torch_dtype
-from qflux.parallel.placement import Placement
-from qflux.runtime.run_folder import open_run
 from qflux.runtime.signals import StopSignal
-from qflux.trainer import setup
-from qflux.trainer.encoding import digest_memo
 from qflux.trainer.flux_kontext_trainer import pack, position_ids
-from qflux.trainer.loop import Run, build_run, optimizer_step
+from qflux.trainer.loop import Run, build_run, open_training, optimizer_step
 from qflux.types import Batch
 
 GATES = {"overhead": 1.05, "cached": 1.05}
@@ -43,15 +39,10 @@ def build(config_path: Path, out: Path, *overrides: str) -> Run:
     """A demo run that is ready for its first step."""
     words = [f"logging.output_dir={out}", "logging.validation.steps=null", "logging.report_to=none", *overrides]
     config = load_config(config_path, words)
-    place = Placement(config.train.mixed_precision)
-    dtype = torch_dtype(config.train.mixed_precision)
     folder = Path(config.model.pretrained_model_name_or_path)
-    trainer = import_trainer(config)(config, folder, dtype=dtype, device=place.device)
-    memo = digest_memo(trainer)
-    datasets = setup.open_datasets(trainer, memo)
-    batch = setup.samples_per_step(trainer, 1)
-    identity = setup.run_identity(trainer, datasets[0], memo, batch)
-    return build_run(trainer, place, open_run(config, identity), datasets, memo, identity, StopSignal())
+    dtype = torch_dtype(config.train.mixed_precision)
+    trainer = import_trainer(config)(config, folder, dtype=dtype, device=torch.device("cpu"))
+    return build_run(trainer, open_training(trainer, None), StopSignal())
 
 
 def bare_step(run: Run, batch: Batch, optimizer: torch.optim.Optimizer, numbers: Any) -> Callable[[], None]:

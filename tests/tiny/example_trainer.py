@@ -34,7 +34,7 @@ class AuraFlowTrainer(BaseTrainer):
     )
 
     def load(self, component: str) -> Any:
-        """Classes as AuraFlowPipeline declares them."""
+        """Classes as AuraFlowPipeline declares them; the tokenizer's is in the model's own files."""
         with quiet_imports():
             import diffusers
             import transformers
@@ -45,7 +45,7 @@ class AuraFlowTrainer(BaseTrainer):
             "transformer": diffusers.AuraFlowTransformer2DModel,
             "text_encoder": transformers.UMT5EncoderModel,
         }
-        plain = {"tokenizer": transformers.T5TokenizerFast, "scheduler": diffusers.FlowMatchEulerDiscreteScheduler}
+        plain = {"tokenizer": transformers.AutoTokenizer, "scheduler": diffusers.FlowMatchEulerDiscreteScheduler}
         if component in modules:
             return load_module(modules[component], self.folder, component, self.dtype)
         return load_plain(plain[component], self.folder, component)

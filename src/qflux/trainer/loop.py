@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from dataclasses import dataclass, field
 from itertools import islice
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 from qflux.data.dataset import EditDataset
 from qflux.data.feeder import feed, to_device
 from qflux.data.order import Order
-from qflux.errors import Interrupted, QfluxError, RunStopped
+from qflux.errors import BUG, DONE, Interrupted, QfluxError, RunStopped, UserError
+from qflux.io.digests import DigestMemo
 from qflux.io.progress import Progress, say
 from qflux.models.optimizers import guarded_step
 from qflux.parallel.placement import Placement
@@ -33,6 +35,10 @@ if TYPE_CHECKING:
     from qflux.trainer.base_trainer import BaseTrainer
 
 
+OUT_OF_MEMORY = (
+    "lower data.batch_size and raise train.gradient_accumulation_steps, set train.gradient_checkpointing: full, or "
+    "lower data.target_size; go on with --resume auto"
+)
 SIZED_BY_CONFIG = (
     "data.control_plan: config sized the controls; the official pipeline resizes controls by its own rule: give "
     "it controls of the trained size and switch its own resizing off"
@@ -110,38 +116,60 @@ class FiniteWatch:
             )
 
 
-def fit(trainer: BaseTrainer, stop: StopSignal, resume: str | None) -> None:
-    """Set up, train, and close the run's books however it ends."""
+@dataclass
+class Opened:
+    """What is known of a run before any weights load."""
+
+    place: Placement
+    memo: DigestMemo
+    datasets: list[EditDataset]
+    identity: dict[str, Any]
+    folder: RunFolder
+
+
+def open_training(trainer: BaseTrainer, resume: str | None) -> Opened:
+    """Data set, identity and run folder: everything that can be refused early."""
     place = Placement(trainer.config.train.mixed_precision)
+    if place.processes > 1:
+        raise UserError(
+            f"accelerate: found {place.processes} processes, this version trains with one; use "
+            "accelerate_configs/single.yaml"
+        )
     trainer.device = place.device
     memo = digest_memo(trainer)
     datasets = setup.open_datasets(trainer, memo)
-    batch = setup.samples_per_step(trainer, place.processes)
-    identity = setup.run_identity(trainer, datasets[0], memo, batch)
+    identity = setup.run_identity(trainer, datasets[0], memo, setup.samples_per_step(trainer, place.processes))
     memo.save()
-    fingerprint, notes = (
-        datasets[0].fingerprint(),
-        [SIZED_BY_CONFIG] if trainer.config.data.control_plan == "config" else [],
-    )
+    notes = [SIZED_BY_CONFIG] if trainer.config.data.control_plan == "config" else []
+    fingerprint = datasets[0].fingerprint()
     folder = open_run(trainer.config, identity, resume, device=str(place.device), data=fingerprint, notes=notes)
     say(f"run folder {folder.path}")
-    code, reason, step = 1, "ended by a bug", folder.step
+    return Opened(place, memo, datasets, identity, folder)
+
+
+def fit(trainer: BaseTrainer, stop: StopSignal, resume: str | None) -> None:
+    """Set up, train, and close the run's books however it ends."""
+    opened = open_training(trainer, resume)
+    folder = opened.folder
+    code, reason = BUG, "ended by a bug"
     run: Run | None = None
     try:
-        run = build_run(trainer, place, folder, datasets, memo, identity, stop)
+        run = build_run(trainer, opened, stop)
         _train(run)
-        code, reason = 0, "done"
+        code, reason = DONE, "done"
+    except torch.OutOfMemoryError as error:
+        code, reason = RunStopped.exit_code, f"out of memory: {error}".splitlines()[0]
+        raise RunStopped(f"{reason}; {OUT_OF_MEMORY}") from error
     except QfluxError as error:
         code, reason = error.exit_code, str(error)
         raise
     except KeyboardInterrupt:
-        code, reason = 130, "interrupted twice"
+        code, reason = 128 + signal.SIGINT, "interrupted twice"
         raise
     finally:
         if run is not None:
-            step = run.weights.state.step
             run.tracker.close()
-        folder.finish(code, reason, step)
+        folder.finish(code, reason, folder.step if run is None else run.weights.state.step)
         if run is not None:
             _report(folder.path)
 
@@ -154,18 +182,11 @@ def _report(folder: Path) -> None:
         say(f"report: not written, {type(error).__name__}: {error}")
 
 
-def build_run(
-    trainer: BaseTrainer,
-    place: Placement,
-    folder: RunFolder,
-    datasets: list[EditDataset],
-    memo: Any,
-    identity: dict[str, Any],
-    stop: StopSignal,
-) -> Run:
+def build_run(trainer: BaseTrainer, opened: Opened, stop: StopSignal) -> Run:
     """Cache, network, optimizer and what watches them; continued where the folder has a checkpoint."""
+    place, datasets, folder = opened.place, opened.datasets, opened.folder
     config = trainer.config
-    cache = setup.open_cache(trainer, memo)
+    cache = setup.open_cache(trainer, opened.memo)
     if cache is not None:
         for dataset in datasets:
             ensure_cached(trainer, cache, dataset, stop)
@@ -181,7 +202,7 @@ def build_run(
     return Run(
         trainer, place, folder, datasets[0], reader,
         setup.make_order(trainer, datasets[0], place, weights.state.batch), model, weights, shift,
-        Tracker(folder.path, config, place.main, weights.state.step), validation, stop, identity,
+        Tracker(folder.path, config, place.main, weights.state.step), validation, stop, opened.identity,
         FiniteWatch(config.train.max_skipped_steps), saved=weights.state.step if folder.checkpoint else -1,
     )  # fmt: skip
 
