@@ -34,6 +34,7 @@ ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs" / "demo"
 
 VAE_STEPS, VAE_BATCH, VAE_RATE, VAE_WARMUP, VAE_KL, VAE_SEED = 3200, 16, 8e-4, 50, 1e-4, 11
+REFINE_STEPS, REFINE_RATE = 1600, 6e-4  # the decoder alone, on latents that no longer move
 MIXED = 2  # decoded colour mixtures a step
 HELD_OUT_SEED = 990
 
@@ -174,9 +175,8 @@ def normalise_latents(vae: AutoencoderKL, geometry: Geometry) -> None:
 
     with torch.no_grad():
         latents = vae.encode(geometry.pictures(512, 1)).latent_dist.mode()
-    vae.register_to_config(
-        shift_factor=round(float(latents.mean()), 4), scaling_factor=round(1 / float(latents.std()), 4)
-    )
+    shift, scale = round(float(latents.mean()), 4), round(1 / float(latents.std()), 4)
+    vae.register_to_config(shift_factor=shift, scaling_factor=scale)
 
 
 def calm(vae: AutoencoderKL) -> None:
@@ -193,6 +193,29 @@ def calm(vae: AutoencoderKL) -> None:
         vae.encoder.conv_out.bias[log_variances] = -5.0
 
 
+def optimise(vae: AutoencoderKL, geometry: Geometry, steps: int, rate: float, say: Callable[[str], None]) -> None:
+    """AdamW with warm-up and cosine decay on those parameters that take gradients; says how far it is."""
+    import torch
+
+    weights = [weight for weight in vae.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(weights, rate, betas=(0.9, 0.98), weight_decay=1e-4)
+    began = time.monotonic()
+    for step in range(1, steps + 1):
+        ramp = min(step / VAE_WARMUP, 0.5 * (1 + np.cos(np.pi * step / steps)))
+        optimizer.param_groups[0]["lr"] = rate * float(ramp)
+        loss, reconstruction, kl = vae_loss(vae, geometry)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        if step % 200 == 0 or step == steps:
+            psnr, iou = judge_vae(vae, DOCS / "vae.png")
+            say(
+                f"step {step:5d}  seconds {time.monotonic() - began:6.1f}  error {float(reconstruction):.4f}  "
+                f"kl {float(kl):.3f}  held-out PSNR {psnr:.2f} dB  mask IoU {iou:.4f}"
+            )
+
+
 def train_vae(work: Path, say: Callable[[str], None]) -> None:
     """Train the VAE; write it to ``work/vae`` and its picture sheet to the docs."""
     import torch
@@ -201,29 +224,24 @@ def train_vae(work: Path, say: Callable[[str], None]) -> None:
     vae = tiny_models.make_vae(tiny_models.BASE).to(memory_format=torch.channels_last)
     calm(vae)
     geometry = Geometry(8192, VAE_SEED)
-    optimizer = torch.optim.AdamW(vae.parameters(), VAE_RATE, betas=(0.9, 0.98), weight_decay=1e-4)
     count = sum(weight.numel() for weight in vae.parameters())
     say(f"VAE of {count} parameters; {VAE_STEPS} steps of batch {VAE_BATCH}; {torch.get_num_threads()} threads")
-    began = time.monotonic()
-    for step in range(1, VAE_STEPS + 1):
-        ramp = min(step / VAE_WARMUP, 0.5 * (1 + np.cos(np.pi * step / VAE_STEPS)))
-        optimizer.param_groups[0]["lr"] = VAE_RATE * float(ramp)
-        loss, reconstruction, kl = vae_loss(vae, geometry)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
-        if step % 200 == 0 or step == VAE_STEPS:
-            vae.eval()
-            psnr, iou = judge_vae(vae, DOCS / "vae.png")
-            vae.train()
-            say(
-                f"step {step:5d}  seconds {time.monotonic() - began:6.1f}  error {float(reconstruction):.4f}  "
-                f"kl {float(kl):.3f}  held-out PSNR {psnr:.2f} dB  mask IoU {iou:.4f}"
-            )
-    vae.eval()
+    optimise(vae, geometry, VAE_STEPS, VAE_RATE, say)
     normalise_latents(vae, geometry)
     say(f"shift_factor {vae.config.shift_factor}  scaling_factor {vae.config.scaling_factor}")
+    vae.to(memory_format=torch.contiguous_format).save_pretrained(work / "vae")
+
+
+def refine_decoder(work: Path, say: Callable[[str], None]) -> None:
+    """Train the decoder of ``work/vae`` further while its latents stay as they are."""
+    with quiet_imports():
+        import torch
+        from diffusers import AutoencoderKL
+    torch.manual_seed(VAE_SEED + 1)
+    vae = AutoencoderKL.from_pretrained(work / "vae").to(memory_format=torch.channels_last)
+    vae.encoder.requires_grad_(False)
+    say(f"decoder alone: {REFINE_STEPS} steps of batch {VAE_BATCH}; {torch.get_num_threads()} threads")
+    optimise(vae, Geometry(8192, VAE_SEED + 1), REFINE_STEPS, REFINE_RATE, say)
     vae.to(memory_format=torch.contiguous_format).save_pretrained(work / "vae")
 
 
@@ -278,6 +296,7 @@ def run_stage(stage: str, work: Path) -> None:
                 log.flush()
 
             train_vae(work, say)
+            refine_decoder(work, say)
         publish_frame(work)
     elif stage == "data":
         write_run(work)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -30,6 +31,25 @@ TIMES = ("samples_per_second",)
 PROMPT = "segment the shape"
 
 
+_RATE = r"\d+/\d+  [\d.]+( image| step)?/s(  eta \d+:\d\d:\d\d)?(  \w+ \S+)*"
+OUR_LINES = [
+    r"run folder \S+",
+    rf"(caching|checking cache|training|sampling [\w-]+) {_RATE}",
+    r"cache: \d+ reused, \d+ encoded, \d+ repaired in \d+:\d\d:\d\d",
+    r"LoRA on \d+ linear layers",
+    r"starting from an adapter: \d+ of \d+ tensors matched",
+    r"resumed from checkpoint-\d{6}",
+    r"checkpoint-\d{6} is damaged and is not used: .+",
+    r"drawing \d+ samples with (\S+|the bare model) into \S+",
+    r"step \d+: loss or gradient is not finite, its update was left out; samples \[[\d, ]+\]",
+    r"sampling: stopped by \w+: .+; training goes on",
+    r"\S+: .+; encoding it again",
+    r"SIG(TERM|INT): stopping in good order; once more stops at once",
+    r"report \S+/report\.html",
+    r"",
+]
+
+
 @dataclass(frozen=True)
 class Outcome:
     """How a run ended: exit code, standard output and standard error."""
@@ -37,6 +57,12 @@ class Outcome:
     code: int
     out: str
     err: str
+
+    @property
+    def foreign(self) -> list[str]:
+        """Lines that no part of qflux prints in a run that ends well."""
+        lines = [line for line in self.out.splitlines() if not any(re.fullmatch(p, line) for p in OUR_LINES)]
+        return lines + self.err.splitlines()
 
 
 @dataclass(frozen=True)
@@ -182,6 +208,7 @@ class Project:
         """A run that must end well; its folder."""
         done = self.run(*words, f"logging.tracker_project_name={name}")
         assert done.code == 0, done.out + done.err
+        assert done.foreign == []
         return self.newest(name)
 
     def newest(self, name: str = "tiny") -> Path:

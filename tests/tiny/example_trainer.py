@@ -129,5 +129,7 @@ def build_aura_flow_random(folder: Path, seed: int = 0) -> Path:
         vae = make_vae(RANDOM)
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=1.73)
     # A network in train mode drops values at random: eval() before it computes anything.
-    diffusers.AuraFlowPipeline(tokenizer, encoder.eval(), vae.eval(), transformer.eval(), scheduler).save_pretrained(folder)
+    diffusers.AuraFlowPipeline(tokenizer, encoder.eval(), vae.eval(), transformer.eval(), scheduler).save_pretrained(
+        folder
+    )
     return folder

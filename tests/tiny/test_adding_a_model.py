@@ -66,9 +66,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A flat folder of pictures and captions."""
     folder = tmp_path_factory.mktemp("data")
     write_pairs(folder / "pairs", 4, 0)
-    shutil.copytree(
-        folder / "pairs" / "training_images", folder / "flat", ignore=shutil.ignore_patterns("*_mask.png")
-    )
+    shutil.copytree(folder / "pairs" / "training_images", folder / "flat", ignore=shutil.ignore_patterns("*_mask.png"))
     return folder / "flat"
 
 
@@ -99,13 +97,12 @@ def tiny(model: Path, data: Path) -> list[str]:
 
 
 def test_the_code_of_the_page_is_the_examples() -> None:
-    example = EXAMPLE.read_text()
-    strange = [block for block in blocks("python") if block not in example]
-    assert len(blocks("python")) >= 6
+    example, quoted = EXAMPLE.read_text(), blocks("python")
+    strange = [block for block in quoted if block not in example]
     assert not strange, "\n".join(strange)
-    shown = {line for block in blocks("python") for line in block.splitlines()}
-    class_lines = inspect.cleandoc(example).split("class AuraFlowTrainer")[1].split("\ndef build")[0].splitlines()[1:]
-    assert not [line for line in class_lines if line and line not in shown]
+    family = example[example.index("class AuraFlowTrainer") : example.index("def build_aura_flow_random")]
+    shown = {line for block in quoted for line in block.splitlines()}
+    assert not [line for line in family.splitlines() if line not in shown]
 
 
 def test_the_page_names_every_hook_and_every_field_of_a_family() -> None:
@@ -118,15 +115,14 @@ def test_the_example_is_as_small_as_a_family_has_to_be() -> None:
     assert len(EXAMPLE.read_text().splitlines()) <= 150
 
 
-def test_a_family_lives_in_another_package(installed: Path, tmp_path: Path, data: Path) -> None:
+def test_a_family_lives_in_another_package(
+    installed: Path, tmp_path: Path, data: Path, run_cli: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
     assert "AuraFlow" in trainer_names()
     page_config(tmp_path)
-    words = ["--config", tmp_path / "run.yaml", "--check", f"data.dataset_path={data}", "data.target_size=[64,64]"]
-    done = subprocess.run(
-        [sys.executable, "-c", "import sys; sys.path.insert(0, sys.argv.pop(1)); from qflux.main import main; main()",
-         installed, *words],
-        cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
+    words = ["--config", "run.yaml", "--check", f"data.dataset_path={data}", "data.target_size=[64,64]"]
+    assert run_cli(words).returncode == 2
+    done = run_cli(words, PYTHONPATH=str(installed))
     assert done.returncode == 0, done.stderr
     assert "4 samples" in done.stdout, done.stdout
 
@@ -225,16 +221,12 @@ SAMPLES = [drawn("a red circle", 0), drawn("", 1), drawn("a blue square on a gre
 
 
 @pytest.mark.parametrize("count", [1, 3])
-def test_training_is_inference(
-    judged: tuple[Any, dict[str, Any]], monkeypatch: pytest.MonkeyPatch, count: int
-) -> None:
+def test_training_is_inference(judged: tuple[Any, dict[str, Any]], monkeypatch: pytest.MonkeyPatch, count: int) -> None:
     assert relative(judged, monkeypatch, *SAMPLES[:count]) <= BOUND
 
 
 @pytest.mark.parametrize("fault", ["sigma", "text"])
-def test_a_wrong_call_shows(
-    judged: tuple[Any, dict[str, Any]], monkeypatch: pytest.MonkeyPatch, fault: str
-) -> None:
+def test_a_wrong_call_shows(judged: tuple[Any, dict[str, Any]], monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
     trainer, predict = judged[0], judged[0].predict
 
     def wrong(model: Any, noised: Noised, batch: Batch) -> Any:

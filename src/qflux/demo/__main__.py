@@ -33,7 +33,7 @@ def run_demo(folder: Path) -> None:
     _call(*command)
     newest = max((folder / "runs" / "demo").glob("v*"), key=lambda path: int(path.name[1:]))
     _call("-m", "qflux.main", "--config", str(config), "--sample", "--checkpoint", str(newest))
-    _call("-m", "qflux.validation", "base", str(newest), "--out", str(newest / "compare"))
+    _call("-m", "qflux.tools.compare", "base", str(newest), "--out", str(newest / "compare"))
     say(f"\nthe run's report: {newest / 'report.html'}\nbefore against after: {newest / 'compare' / 'report.html'}")
 
 

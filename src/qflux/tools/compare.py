@@ -1,22 +1,28 @@
 """Two trained runs, checkpoints or adapters on held-out pairs: numbers, pictures and a report.
 
+``python -m qflux.tools.compare RUN_A RUN_B [--data DIR] [--out DIR] [--count N] [--json FILE]``, or the same words
+behind ``python run_tests.py --compare``.
+
 Both are measured with the first one's ruler: its data sizes, noise levels, loss, seed and sampling steps.
 """
 
 from __future__ import annotations
 
+import argparse
 import base64
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qflux.config import Config, load_config
 from qflux.config_values import DatasetEntry
 from qflux.data.dataset import EditDataset, open_dataset
-from qflux.errors import UserError
+from qflux.errors import DONE, QfluxError, UserError
 from qflux.io.atomic import write_json, write_text
 from qflux.io.tensors import read_metadata
 from qflux.models import adapters
@@ -34,8 +40,9 @@ if TYPE_CHECKING:
 
     from qflux.types import EditSample
 
+GROUP = "qflux.trainers"
 BASE = "base"
-COUNT = 16
+COUNT = 64
 _UNITS = {"psnr": "dB", "seconds_per_image": "s"}
 _STYLE = """
 :root{color-scheme:light dark}
@@ -192,7 +199,7 @@ def _measure(
     model = _network(trainer, side.weights).to(trainer.device)
     losses = _losses(trainer, model, dataset, count)
     samples = [dataset.load(index) for index in range(count)]
-    pictures, seconds = answers(trainer, model, samples, f"drawing {side.word}")
+    pictures, seconds = answers(trainer, model, samples, f"drawing {Path(side.word).name}")
     free(model)
     return {**losses, **summary(samples, pictures, seconds)}, pictures, samples
 
@@ -293,3 +300,40 @@ def _html_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
     body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     return f"<table><tr>{head}</tr>{body}</table>\n"
+
+
+def add_arguments(parser: argparse._ActionsContainer) -> None:
+    """What a comparison takes besides the two runs."""
+    parser.add_argument("--data", type=Path, metavar="DIR", help="held-out pairs; default: those of RUN_A's config")
+    parser.add_argument("--out", type=Path, default=Path("comparison"), metavar="DIR", help="where results go")
+    parser.add_argument("--count", type=int, default=COUNT, metavar="N", help=f"most pairs to draw, default {COUNT}")
+
+
+def run(words: tuple[str, str], args: argparse.Namespace, trainers: Mapping[str, type[Any]]) -> int:
+    """Compare and print the table."""
+    if args.count < 1:
+        raise UserError(f"--count: found {args.count}, expected at least 1")
+    result = compare_runs(words, trainers, data=args.data, out=args.out, count=args.count)
+    print(table(result))
+    print(f"pictures, compare.json and report.html: {args.out}")
+    if args.json is not None:
+        write_json(args.json, result)
+    return DONE
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; expected failures become one line and an exit code."""
+    parser = argparse.ArgumentParser(prog="qflux.tools.compare", description="Compare two runs on held-out pairs.")
+    parser.add_argument("runs", nargs=2, metavar="RUN", help="run folder, checkpoint, adapter file, or `base`")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results here")
+    add_arguments(parser)
+    args = parser.parse_args(argv)
+    try:
+        return run((args.runs[0], args.runs[1]), args, {p.name: p.load() for p in entry_points(group=GROUP)})
+    except QfluxError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -10,7 +10,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,14 +19,16 @@ import numpy as np
 import torch
 from PIL import Image
 
-from qflux.config import Config, LoraConfig
+from qflux import demo
+from qflux.config import LoraConfig, load_config
 from qflux.data.dataset import open_dataset
 from qflux.data.feeder import collate
 from qflux.data.geometry import plan_sizes
 from qflux.data.images import apply_resize
 from qflux.io.digests import DigestMemo
 from qflux.models import adapters
-from qflux.trainer.encoding import SampleReader, cache_manager, fill_cache, wanted_specs
+from qflux.models.loading import resolve_model, torch_dtype
+from qflux.trainer.encoding import SampleReader, cache_manager, fill_cache
 from qflux.trainer.setup import Shift
 from qflux.types import EditSample, EncodedSample, Size
 from qflux.validation import oracle
@@ -37,6 +39,16 @@ STEPS = 5  # noise levels
 EXACT, FP32, BF16 = 0.0, 1e-5, 5e-2
 SOURCES: tuple[Size, ...] = ((64, 64), (48, 80), (64, 48), (80, 64))  # target and first control, further controls
 PROMPT = "make the circle red"
+PAIRS = 8  # of the demo's data, for the losses
+OVERRIDES = (
+    "model.lora={r: 4, lora_alpha: 8}",
+    "data.caption_dropout_rate=0.3",
+    "data.max_sequence_length=32",
+    "train.guidance_scale=2.0",
+    "train.loss.mask_loss=true",
+)
+
+Make = Callable[[str, Path], Path]
 
 
 @dataclass(frozen=True)
@@ -54,47 +66,24 @@ class Result:
 
 
 class Subject:
-    """One trainer with its demo model in ``folder``; trainers and components are made when a test asks for them."""
+    """One trainer with its demo in ``folder``; trainers and components are made when a test asks for them.
 
-    def __init__(self, name: str, cls: type[Any], folder: Path) -> None:
-        self.name, self.cls, self.folder = name, cls, folder
+    make  (demo's name, folder) → config file: writes model, data and config
+    """
 
-    @cached_property
-    def model_folder(self) -> Path:
-        """The demo model, built at the first call."""
-        import qflux.demo.tiny_models as models
-
-        return getattr(models, f"build_{self.cls.family.name}_random")(self.folder / "model", seed=0)
+    def __init__(self, name: str, cls: type[Any], folder: Path, make: Make) -> None:
+        self.name, self.cls, self.folder, self.make = name, cls, folder, make
 
     @cached_property
-    def data_folder(self) -> Path:
-        """Eight edit pairs with masks."""
-        from qflux.demo.shapes import write_pairs
-
-        write_pairs(self.folder / "data", 8, seed=0)
-        return self.folder / "data"
+    def config_file(self) -> Path:
+        """The demo's config; model and data are written at the first call."""
+        return self.make(self.cls.family.name, self.folder)
 
     def trainer(self, precision: str = "no") -> Any:
         """A trainer in fp32, or with ``precision`` bf16."""
-        config = Config.model_validate(
-            {
-                "model": {"pretrained_model_name_or_path": str(self.model_folder), "lora": {"r": 4, "lora_alpha": 8}},
-                "data": {
-                    "dataset_path": [{"path": str(self.data_folder)}],
-                    "max_sequence_length": 32,
-                    "caption_dropout_rate": 0.3,
-                },
-                "train": {
-                    "trainer": self.name,
-                    "mixed_precision": precision,
-                    "guidance_scale": 2.0,
-                    "loss": {"mask_loss": True},
-                },
-                "cache": {"cache_dir": str(self.folder / "cache")},
-            }
-        )
-        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-        return self.cls(config, self.model_folder, dtype=dtype, device=torch.device("cpu"))
+        config = load_config(self.config_file, [*OVERRIDES, f"train.mixed_precision={precision}"])
+        folder, device = resolve_model(config.model.pretrained_model_name_or_path), torch.device("cpu")
+        return self.cls(config, folder, dtype=torch_dtype(config.train.mixed_precision), device=device)
 
     @cached_property
     def fp32(self) -> tuple[Any, dict[str, Any]]:
@@ -171,14 +160,17 @@ def cached_loss(subject: Subject) -> Difference:
     """Losses of three epochs from the cache against those encoded on the spot, captions dropped here and there."""
     trainer, components = subject.fp32
     dataset = open_dataset(trainer.config.data, trainer.family)
+    count = min(PAIRS, len(dataset))
     cache = cache_manager(trainer, DigestMemo(subject.folder / "digests.json"))
-    fill_cache(trainer, cache, wanted_specs(trainer, dataset), lambda i: dataset.load(i % len(dataset)))
+    specs = [dataset.spec(index) for index in range(count)]
+    specs += [replace(spec, prompt="") for spec in specs]
+    fill_cache(trainer, cache, specs, lambda i: dataset.load(i % count))
     dropout, shift = trainer.config.data.caption_dropout_rate, Shift.of(trainer)
     losses = []
     for source in (cache, None):
         reader = SampleReader(trainer, dataset, source, dropout)
         for epoch in range(3):
-            positions = [(epoch, index) for index in range(len(dataset))]
+            positions = [(epoch, index) for index in range(count)]
             batch = collate([reader.read(*position) for position in positions], positions)
             with torch.no_grad():
                 network = components[trainer.family.denoiser]
@@ -247,15 +239,18 @@ def tests_of(cls: type[Any]) -> dict[str, tuple[Callable[[Subject], Difference],
     return tests
 
 
-def run_tests(trainers: Mapping[str, type[Any]], only: Sequence[str] = ()) -> list[Result]:
-    """Run all tests of ``trainers`` (name → class), or those whose name or ``trainer/name`` is in ``only``."""
+def run_tests(trainers: Mapping[str, type[Any]], only: Sequence[str] = (), make: Make = demo.make) -> list[Result]:
+    """Run all tests of ``trainers`` (name → class), or those whose name or ``trainer/name`` is in ``only``.
+
+    Each trainer's demo is written by ``make`` into a temporary folder.
+    """
     results = []
     for name, cls in trainers.items():
         chosen = {
             test: entry for test, entry in tests_of(cls).items() if not only or {test, f"{name}/{test}"} & set(only)
         }
         with tempfile.TemporaryDirectory() as folder:
-            subject = Subject(name, cls, Path(folder))
+            subject = Subject(name, cls, Path(folder), make)
             results += [_run(subject, test, *entry) for test, entry in chosen.items()]
     return results
 

@@ -1,0 +1,189 @@
+"""Signals in every phase: the run ends at once with a valid checkpoint where there is progress, and goes on later."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_project import Project, adapter_bytes, checkpoint, differing, finish, metrics, on_call, record, wait_for
+
+from qflux.io.quiet import quiet_imports
+from qflux.runtime import signals
+from qflux.runtime.checkpoint import list_checkpoints, verify_checkpoint
+from qflux.trainer import loop
+from qflux.trainer.base_trainer import BaseTrainer
+from qflux.trainer.flux_kontext_trainer import FluxKontextTrainer
+from qflux.validation.held_out import HeldOut
+
+SECONDS = 30  # that a stop may take on a busy machine; it takes well under one where there is time to look
+
+
+def send(number: int) -> Callable[[], None]:
+    return lambda: os.kill(os.getpid(), number)
+
+
+def pipeline_class() -> Any:
+    with quiet_imports():
+        from diffusers import FluxKontextPipeline
+    return FluxKontextPipeline
+
+
+# phase → (what is called in it, its name, the call at which the signal comes, the step the run then ends at)
+PHASES: dict[str, tuple[Callable[[], Any], str, int, int]] = {
+    "caching": (lambda: FluxKontextTrainer, "encode", 5, 0),
+    "loading": (lambda: FluxKontextTrainer, "load", 9, 0),
+    "building": (lambda: loop.setup, "make_weights", 1, 0),
+    "held-out": (lambda: HeldOut, "measure", 1, 0),
+    "first-samples": (pipeline_class, "__call__", 1, 0),
+    "first-step": (lambda: BaseTrainer, "step", 1, 1),
+    "mid-step": (lambda: BaseTrainer, "step", 6, 3),
+    "samples": (pipeline_class, "__call__", 2, 2),
+    "saving": (lambda: loop, "write_weights", 1, 2),
+}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
+@pytest.mark.parametrize("phase", PHASES)
+def test_stop_in_a_phase(project: Project, monkeypatch: pytest.MonkeyPatch, phase: str, number: int) -> None:
+    own = f"cache.cache_dir={project.root / 'own'}"
+    words = [own, *project.mixed(), *project.validating(2), "train.max_train_steps=6", "train.checkpointing_steps=2"]
+    words += ["train.gradient_accumulation_steps=1", "logging.tracker_project_name=stopped"]
+    words += ["data.batch_size=4", "data.shape_window=12"]
+    owner, name, call, step = PHASES[phase]
+    with monkeypatch.context() as patch:
+        calls = on_call(patch, owner(), name, call, send(number))
+        done = project.run(*words)
+    assert len(calls) >= call, "the signal was never sent"
+    assert done.code == 128 + number, done.out
+    assert "Traceback" not in done.err
+    assert "interrupted" in done.err
+    run = project.newest("stopped")
+    said = record(run)
+    assert (said["exit_code"], said["step"]) == (128 + number, _reached(run))
+    saved = list_checkpoints(run)
+    assert bool(saved) == (said["step"] > 0)
+    assert all(verify_checkpoint(path) == [] for path in saved)
+    if phase in ("caching", "first-samples", "first-step", "samples", "saving"):
+        assert _reached(run) == step
+    if saved:
+        assert int(saved[-1].name[-6:]) == said["step"]
+    straight = project.train(*words[1:-3], *words[-2:], name="straight")
+    again = project.run(*words, "--resume", "auto")
+    assert again.code == 0
+    assert project.newest("stopped") == run
+    assert differing(checkpoint(run, 6), checkpoint(straight, 6)) == []
+    assert metrics(run) == metrics(straight)
+
+
+def _reached(run: Path) -> int:
+    return max([line["step"] for line in metrics(run) if "loss" in line], default=0)
+
+
+def test_stop_while_loading_begins_nothing(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A signal before step 1 is not followed by a whole validation."""
+    drawn = on_call(monkeypatch, pipeline_class(), "__call__", 0, lambda: None)
+    measured = on_call(monkeypatch, HeldOut, "measure", 0, lambda: None)
+    on_call(monkeypatch, loop.setup, "make_weights", 1, send(signal.SIGTERM))
+    assert project.run(*project.validating(2)).code == 143
+    assert (drawn, measured) == ([], [])
+
+
+def test_stop_in_cache_mode(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = f"cache.cache_dir={project.root / 'own'}"
+    with monkeypatch.context() as patch:
+        on_call(patch, FluxKontextTrainer, "encode", 5, send(signal.SIGTERM))
+        done = project.run("--cache", own)
+    assert done.code == 143
+    assert "run the same command again" in done.err
+    again = project.run("--cache", own)
+    assert again.code == 0
+    assert "5 reused" in again.out
+
+
+def test_stop_in_sample_mode(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    on_call(monkeypatch, pipeline_class(), "__call__", 1, send(signal.SIGINT))
+    done = project.run("--sample", "--out", project.root / "out", *project.validating())
+    assert done.code == 130
+    assert not (project.root / "out" / "sample-0.png").exists()
+
+
+def test_second_signal_stops_at_once(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(signals, "REPEAT_AFTER", 0.0)
+    words = ["train.checkpointing_steps=1", "train.max_train_steps=5"]
+    straight = project.train(*words, name="straight")
+
+    def twice() -> None:
+        send(signal.SIGINT)()
+        time.sleep(0.01)
+        send(signal.SIGINT)()
+        time.sleep(0.01)
+
+    with monkeypatch.context() as patch:
+        on_call(patch, BaseTrainer, "step", 3, twice)
+        done = project.run(*words)
+    assert done.code == 130
+    assert "Traceback" not in done.err
+    run = project.newest()
+    assert record(run)["exit_code"] == 130
+    assert not checkpoint(run, 3).exists()
+    assert project.run(*words, "--resume", "auto").code == 0
+    assert differing(checkpoint(run, 5), checkpoint(straight, 5)) == []
+
+
+def test_handlers_are_given_back(project: Project) -> None:
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    project.train("train.max_train_steps=1")
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+@pytest.mark.parametrize("phase", ["caching", "training"])
+def test_stop_a_real_process(project: Project, phase: str) -> None:
+    """SIGTERM while caching, SIGINT while training: exit code, message, checkpoint, and the time it takes."""
+    words = [*project.mixed(), "train.max_train_steps=80", "train.checkpointing_steps=50"]
+    straight = project.train(*words, name="straight")
+    words += [f"cache.cache_dir={project.root / 'own'}"] if phase == "caching" else []
+    process = project.start(*words)
+    run = project.root / "runs" / "tiny" / "v1"
+    if phase == "caching":
+        wait_for(lambda: list((project.root / "own").rglob("*.safetensors")), process=process)
+        number = signal.SIGTERM
+    else:
+        wait_for(lambda: (run / "metrics.jsonl").is_file() and len(metrics(run)) >= 3, process=process)
+        number = signal.SIGINT
+    began = time.monotonic()
+    process.send_signal(number)
+    done = finish(process)
+    assert time.monotonic() - began < SECONDS
+    assert done.code == record(run)["exit_code"] == 128 + number
+    assert len(done.err.splitlines()) == 1
+    assert done.err.startswith("interrupted ")
+    assert signal.Signals(number).name + ": stopping in good order" in done.out
+    assert (record(run)["step"] > 0) == (phase == "training")
+    assert project.run(*words, "--resume", "auto").code == 0
+    assert adapter_bytes(run, 80) == adapter_bytes(straight, 80)
+    assert metrics(run) == metrics(straight)
+
+
+def test_launched_run(project: Project) -> None:
+    """Through ``accelerate launch``: the end of the launcher ends its worker, and a second launch finishes the run."""
+    words = [*project.mixed(), *project.validating(30), "train.max_train_steps=60", "train.checkpointing_steps=50"]
+    straight = project.train(*words, name="straight")
+    run = project.root / "runs" / "tiny" / "v1"
+    launcher = project.start(*words, launcher=True)
+    wait_for(lambda: (run / "metrics.jsonl").is_file() and len(metrics(run)) >= 5, process=launcher)
+    launcher.terminate()
+    launcher.wait(60)
+    wait_for(lambda: record(run)["exit_code"] is not None, SECONDS)
+    finish(launcher)
+    assert record(run)["exit_code"] == 143
+    assert 0 < record(run)["step"] < 60
+    done = finish(project.start(*words, "--resume", "auto", launcher=True))
+    assert done.code == 0
+    assert done.foreign == []
+    assert adapter_bytes(run, 60) == adapter_bytes(straight, 60)
+    assert metrics(run) == metrics(straight)
