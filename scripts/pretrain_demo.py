@@ -38,7 +38,7 @@ REFINE_STEPS, REFINE_RATE = 1600, 6e-4  # the decoder alone, on latents that no 
 MIXED = 2  # decoded colour mixtures a step
 HELD_OUT_SEED = 990
 
-PAIRS, PAIRS_SEED, HELD_OUT_PAIRS, INIT_SEED = 6000, 0, 64, 0
+PAIRS, PAIRS_SEED, HELD_OUT_PAIRS, INIT_SEED = 8000, 0, 64, 0
 RUN = """\
 model:
   pretrained_model_name_or_path: base
@@ -46,15 +46,15 @@ model:
 
 data:
   dataset_path: data/train
-  batch_size: 16
+  batch_size: 32
   target_size: [64, 64]
   max_sequence_length: 64
 
 train:
   trainer: FluxKontext
-  max_train_steps: 8000
+  max_train_steps: 4000
   seed: 1
-  mixed_precision: "no"
+  mixed_precision: bf16  # weights stay fp32, the network computes in bf16
   guidance_scale: 1.0
   max_grad_norm: 1.0
   optimizer: {name: adamw, lr: 1e-3, betas: [0.9, 0.99], weight_decay: 0.01}

@@ -29,6 +29,7 @@ from qflux.config_values import (
     DatasetEntry,
     Entries,
     EntryInput,
+    FilePath,
     Flag,
     Fraction,
     Momentum,
@@ -64,10 +65,8 @@ class LoraConfig(Section):
     """The low-rank adapter."""
 
     r: Positive = Field(default=16, description="rank")
-    lora_alpha: Annotated[int, BeforeValidator(same_as_rank, json_schema_input_type=Positive | None), Field(ge=1)] = (
-        Field(
-            default=None, validate_default=True, description="scale numerator, effective scale is alpha / r; null = r"
-        )
+    lora_alpha: Annotated[Positive, BeforeValidator(same_as_rank, json_schema_input_type=Positive | None)] = Field(
+        default=None, validate_default=True, description="scale numerator, effective scale is alpha / r; null = r"
     )
     target_modules: Annotated[
         str | tuple[str, ...], BeforeValidator(targets, json_schema_input_type=Text | list[Text])
@@ -79,7 +78,7 @@ class LoraConfig(Section):
         default="gaussian", description="start of the down matrix"
     )
     use_dora: Flag = Field(default=False, description="train magnitude and direction apart (DoRA)")
-    pretrained_weight: Path | None = Field(default=None, description="adapter file to start from; null = fresh")
+    pretrained_weight: FilePath | None = Field(default=None, description="adapter file to start from; null = fresh")
 
 
 class ModelConfig(Section):
@@ -120,7 +119,9 @@ class DataConfig(Section):
     )
     caption_dropout_rate: Fraction = Field(default=0.0, description="share of samples with the empty prompt, 0 to 1")
     trigger_word: Text | None = Field(default=None, description="replaces [trigger] in captions")
-    mask_path: Path | None = Field(default=None, description="folder with <stem>.png masks; null = beside the targets")
+    mask_path: FilePath | None = Field(
+        default=None, description="folder with <stem>.png masks; null = beside the targets"
+    )
     background_color: Annotated[tuple[int, int, int], BeforeValidator(color)] = Field(
         default=(255, 255, 255), description="[red, green, blue], 0 to 255, put under transparent pixels"
     )
@@ -132,6 +133,13 @@ class DataConfig(Section):
         default="mode", description="latents of a target: the mode, or a fresh draw each epoch"
     )
     num_workers: Count = Field(default=2, description="threads that read samples ahead; 0 = read in the training loop")
+
+    @field_validator("control_plan")
+    @classmethod
+    def _one_control_rule(cls, value: str, info: ValidationInfo) -> str:
+        if value == "pipeline" and info.data.get("controls_size") is not None:
+            raise ValueError("excludes data.controls_size, the pipeline's rule decides; keep one of the two")
+        return value
 
     @field_validator("multi_resolutions")
     @classmethod
@@ -259,9 +267,9 @@ class ValidationSample(Section):
     """One picture drawn during training."""
 
     prompt: str = Field(description="what to draw")
-    controls: tuple[Path, ...] = Field(default=(), description="control images, in order")
-    target: Path | None = Field(default=None, description="the right answer, shown beside and measured against")
-    mask: Path | None = Field(default=None, description="edit mask, for the metrics")
+    controls: tuple[FilePath, ...] = Field(default=(), description="control images, in order")
+    target: FilePath | None = Field(default=None, description="the right answer, shown beside and measured against")
+    mask: FilePath | None = Field(default=None, description="edit mask, for the metrics")
     size: Pixels | None = Field(
         default=None, description="[height, width] in pixels; null = by the rule of the data section"
     )
@@ -291,7 +299,7 @@ class ValidationConfig(Section):
 class LoggingConfig(Section):
     """What is written down, and where."""
 
-    output_dir: Path = Field(default=Path("runs"), description="folder of all runs")
+    output_dir: FilePath = Field(default=Path("runs"), description="folder of all runs")
     tracker_project_name: str = Field(default="qflux", description="folder of this project's runs: a plain name")
     report_to: Annotated[tuple[str, ...], BeforeValidator(trackers, json_schema_input_type=str | list[str] | None)] = (
         Field(default=("tensorboard",), description=f"trackers: none, or of {', '.join(TRACKERS)}")
@@ -312,7 +320,7 @@ class LoggingConfig(Section):
 class CacheConfig(Section):
     """Encoded samples kept on disk."""
 
-    cache_dir: Annotated[Path, WrapValidator(filled_later, json_schema_input_type=Path | None)] = Field(
+    cache_dir: Annotated[FilePath, WrapValidator(filled_later, json_schema_input_type=Path | None)] = Field(
         default_factory=_unset,
         json_schema_extra={"default": None},
         description="folder of the cache; null = <logging.output_dir>/cache",

@@ -77,6 +77,16 @@ def _is_product(value: Any) -> bool:
     return isinstance(value, str) and PRODUCT.fullmatch(value) is not None
 
 
+def written_path(value: Any) -> Any:
+    """No empty text: it would mean the working directory."""
+    if value == "":
+        raise ValueError("expected a path; write . for the folder of this file")
+    return value
+
+
+FilePath = Annotated[Path, BeforeValidator(written_path)]
+
+
 def color(value: Any) -> Any:
     """Three parts, 0 to 255."""
     if not (_is_list(value) and len(value) == 3 and all(_is_int(part, 0, 255) for part in value)):
@@ -163,14 +173,14 @@ class Section(BaseModel):
 class DatasetEntry(Section):
     """One source of samples: a folder, CSV or JSONL file, or a data set on the hub."""
 
-    path: Path | None = Field(default=None, description="folder, CSV or JSONL file; this or repo_id")
+    path: FilePath | None = Field(default=None, description="folder, CSV or JSONL file; this or repo_id")
     repo_id: Text | None = Field(default=None, description="data set on the hub, OWNER/NAME; this or path")
     split: Text = Field(default="train", description="split of a data set that has splits")
     repeats: Positive = Field(default=1, description="times each sample counts in an epoch")
-    control_path: tuple[Path, ...] | None = Field(
+    control_path: tuple[FilePath, ...] | None = Field(
         default=None, description="folders with the first, second, … control of each stem; null = beside the targets"
     )
-    mask_path: Path | None = Field(
+    mask_path: FilePath | None = Field(
         default=None, description="folder with the masks of this source; null = data.mask_path"
     )
 

@@ -162,6 +162,8 @@ class Family:
     sigma_mu        (scheduler config, predicted positions) → μ of the pipeline's dynamic shift; None where it is fixed
     sister          trainer to use for control counts outside ``controls``
     adapter_targets named target lists for ``model.lora.target_modules``
+    recipe          raised when ``encode`` gives other tensors than before: cached entries are then made again
+    drawing         components, besides the denoiser and text encoders, that the pipeline needs to draw
     """
 
     name: str
@@ -170,7 +172,6 @@ class Family:
     denoiser: str = "transformer"
     vae_scale: int = 8
     patch: int = 2
-    objective: Literal["velocity", "epsilon", "v"] = "velocity"
     controls: tuple[int, int] = (0, 0)
     control_size: Callable[[Size], Size] | None = None
     sigma_mu: Callable[[Mapping[str, Any], int], float] | None = None
@@ -179,7 +180,8 @@ class Family:
     text_length: int = 512
     adapter_targets: Mapping[str, Sequence[str]] = field(default_factory=dict)
     block_lists: tuple[str, ...] = ()
-    keep_high_precision: tuple[str, ...] = ()
+    recipe: int = 1
+    drawing: tuple[str, ...] = ("vae", "scheduler")
 
     @property
     def size_multiple(self) -> int:

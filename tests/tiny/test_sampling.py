@@ -22,7 +22,11 @@ DTYPES = {"no": torch.float32, "bf16": torch.bfloat16}
 
 def settings(project: Project, controls: Sequence[Sequence[Path]], precision: str = "no") -> list[str]:
     samples = [
-        {"prompt": PROMPT if i % 2 == 0 else "make the circle red", "controls": [str(p) for p in paths], "size": [64, 96]}
+        {
+            "prompt": PROMPT if i % 2 == 0 else "make the circle red",
+            "controls": [str(p) for p in paths],
+            "size": [64, 96],
+        }
         for i, paths in enumerate(controls)
     ]
     words = project.validating(4, samples=samples, num_inference_steps=STEPS, seed=SEED, guidance_scale=GUIDANCE)

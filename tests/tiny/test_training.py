@@ -59,7 +59,9 @@ def test_every_sample_once_an_epoch(project: Project, monkeypatch: pytest.Monkey
         return original(self, model, batch, *rest)
 
     monkeypatch.setattr(BaseTrainer, "step", step)
-    project.train(*project.mixed(), "data.batch_size=2", "train.gradient_accumulation_steps=4", "train.max_train_steps=3")
+    project.train(
+        *project.mixed(), "data.batch_size=2", "train.gradient_accumulation_steps=4", "train.max_train_steps=3"
+    )
     assert sorted(seen) == [(epoch, index) for epoch in range(2) for index in range(12)]
 
 

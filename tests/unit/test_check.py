@@ -119,3 +119,21 @@ def test_the_schema_is_strict(scenes):
 def test_output_stays_clean_without_a_terminal(scenes, capsys):
     check_data(config(scenes), FAMILY)
     assert capsys.readouterr() == ("", "")
+
+
+def test_masks_of_ones_and_targets_as_controls_are_noted(scenes):
+    Image.new("L", (80, 80), 1).save(scenes / "images/s3_mask.png")
+    Image.new("L", (80, 80), 0).save(scenes / "images/s2_mask.png")  # nothing to weigh here is a fair choice
+    Image.open(scenes / "images/s1.png").save(scenes / "control/s1.png")
+    notes = check_data(config(scenes), FAMILY).notes
+    assert len(notes) == 2
+    assert notes[0].startswith("1 masks are nearly black")
+    assert notes[0].endswith("s3_mask.png")
+    assert notes[1] == "1 samples have their own target as control, the first is s1"
+
+
+def test_a_place_for_the_sheet_that_cannot_be_written_is_a_problem(scenes):
+    report = check_data(config(scenes), FAMILY, out_dir=scenes / "images/s1.txt")
+    assert not report.ok
+    assert "s1.txt: cannot write data_check.png there" in report.problems[0]
+    assert checked(report)["samples"] == 8

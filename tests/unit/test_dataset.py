@@ -206,3 +206,25 @@ def test_the_real_config_class_fits(tmp_path):
     real = DataConfig(dataset_path=str(root), target_size=[32, 32])
     same = config(entry(root))
     assert open_dataset(real, FAMILY).fingerprint() == open_dataset(same, FAMILY).fingerprint()
+
+
+def test_many_repeats_cost_nothing(tmp_path):
+    folder = pairs(tmp_path, "a", "b")
+    dataset = open_dataset(config(entry(folder, repeats=10**9), entry(folder)), FAMILY)
+    assert len(dataset) == 2 * 10**9 + 2
+    assert [dataset.unique(i) for i in (0, 3, 2 * 10**9 - 1, 2 * 10**9)] == [0, 1, 1, 2]
+    assert dataset.counts() == {((32, 32), (32, 32)): 2 * 10**9 + 2}
+    assert dataset.fingerprint() != open_dataset(config(entry(folder), entry(folder)), FAMILY).fingerprint()
+
+
+def test_an_unused_trigger_word_is_noted(tmp_path):
+    dataset = open_dataset(config(entry(pairs(tmp_path, "a")), trigger_word="sks"), FAMILY)
+    assert "no caption holds [trigger]" in dataset.notes[0]
+
+
+def test_a_picture_changed_after_opening_is_refused(tmp_path):
+    dataset = open_dataset(config(entry(pairs(tmp_path, "a"))), FAMILY)
+    dataset.load(0)
+    picture(tmp_path / "control_images/a.png", grey=99)
+    with pytest.raises(UserError, match=r"control_images/a\.png: found other bytes than when"):
+        dataset.load(0)

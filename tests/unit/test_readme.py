@@ -14,7 +14,7 @@ import house_rules as rules
 import pytest
 import yaml
 
-from qflux.config import config_schema, load_config
+from qflux.config import Config, config_schema, load_config
 from qflux.io.quiet import quiet_imports
 from qflux.main import parse, trainer_names
 
@@ -88,7 +88,6 @@ def test_the_readers_of_pages_read() -> None:
     assert not known("train.lr")
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pages
 def test_commands_parse_and_their_overrides_exist(page: Path) -> None:
     for words in commands(page):
@@ -114,24 +113,30 @@ def test_links_resolve(page: Path) -> None:
     assert not [link for link in rules.links(page.name, page.read_text()) if not (page.parent / link).exists()]
 
 
-@pages
-def test_yaml_is_configuration(page: Path, tmp_path: Path) -> None:
+def loaded(text: str, folder: Path) -> Config:
+    """The config of a block; the pictures that it names are made first, and what a run needs besides is added."""
     base = {
         "model": {"pretrained_model_name_or_path": "owner/name"},
         "data": {"dataset_path": "pairs"},
         "train": {"trainer": "FluxKontext"},
     }
-    for text in (text for language, text in fences(page) if language == "yaml"):
-        path = tmp_path / "run.yaml"
-        shown = yaml.safe_load(text) or {}
-        path.write_text(text if base.keys() <= shown.keys() else yaml.safe_dump(merged(base, shown)))
-        load_config(path)
+    for name in re.findall(r"[\w.]+\.(?:png|jpg)", text):
+        (folder / name).touch()
+    shown = yaml.safe_load(text) or {}
+    (folder / "run.yaml").write_text(text if base.keys() <= shown.keys() else yaml.safe_dump(merged(base, shown)))
+    return load_config(folder / "run.yaml")
+
+
+@pages
+def test_yaml_is_configuration(page: Path, tmp_path: Path) -> None:
+    for language, text in fences(page):
+        if language == "yaml":
+            loaded(text, tmp_path)
 
 
 def test_the_readmes_run_is_complete(tmp_path: Path) -> None:
     (text,) = (text for language, text in fences(README) if language == "yaml")
-    (tmp_path / "run.yaml").write_text(text)
-    config = load_config(tmp_path / "run.yaml")
+    config = loaded(text, tmp_path)
     assert config.train.trainer in trainer_names()
     folder = f"{config.logging.output_dir.name}/{config.logging.tracker_project_name}"
     last = f"{folder}/v1/checkpoint-{config.train.max_train_steps:06d}"

@@ -13,7 +13,8 @@ from PIL import Image
 
 from qflux.data.dataset import open_dataset, scan
 from qflux.data.hub_sources import is_hub_folder, read_hub
-from qflux.data.sources import columns_of, natural, read_source
+from qflux.data.records import columns_of, natural
+from qflux.data.sources import read_source
 from qflux.errors import UserError
 from qflux.types import Family
 from qflux.utils.huggingface import COLUMNS, load_editing_dataset
@@ -357,3 +358,117 @@ def test_split_folders(tmp_path):
     pair(tmp_path / "test", "b")
     assert read_source(tmp_path).records[0].id == "a"
     assert read_source(tmp_path, split="test").records[0].id == "b"
+
+
+def test_a_first_control_stays_first_whatever_its_column_ends_with(tmp_path):
+    for name in ("t.png", "one.png", "two.png", "three.png"):
+        picture(tmp_path / name)
+    row = {
+        "file_name": "t.png",
+        "control_3_file_name": "three.png",
+        "control_2_file_name": "two.png",
+        "control_file_name": "one.png",
+        "text": "x",
+    }
+    (tmp_path / "metadata.jsonl").write_text(json.dumps(row))
+    (record,) = read_source(tmp_path).records
+    assert names(record.controls) == ["one.png", "two.png", "three.png"]
+
+
+def test_csv_cells_may_have_space_around_them_and_rows_may_be_empty(tmp_path):
+    for name in ("t.png", "c.png"):
+        picture(tmp_path / name)
+    path = tmp_path / "data.csv"
+    path.write_text("path_target, path_control, prompt\nt.png, c.png, a b \n , , \n,,\n")
+    found = read_source(path)
+    assert (found.problems, found.notes) == ([], [])
+    assert [(names(record.controls), record.prompt) for record in found.records] == [(["c.png"], "a b")]
+    path.write_text("path_target;prompt\nt.png;x\n")
+    assert "separated by commas" in read_source(path).problems[0]
+    path.write_text("path_target,path_target,prompt\nt.png,c.png,x\n")
+    assert "the column path_target twice" in read_source(path).problems[0]
+
+
+def test_json_lines_end_at_line_feeds_only(tmp_path):
+    picture(tmp_path / "t.png")
+    path = tmp_path / "data.jsonl"
+    row = {"target": "t.png", "prompt": "a\u2028b\x85c", "id": "9" * 5000}
+    path.write_text(json.dumps(row, ensure_ascii=False) + "\r\n", encoding="utf-8")
+    found = read_source(path)
+    assert (found.problems, found.records[0].prompt) == ([], row["prompt"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"prompt": ["a", "b"]}, "expected one text"),
+        ({"prompt": "a\ud800"}, "half a character"),
+        ({"target": ["t.png", "t.png"]}, "found 2 pictures, expected one"),
+    ],
+)
+def test_odd_json_cells_are_problems(tmp_path, changes, said):
+    picture(tmp_path / "t.png")
+    (tmp_path / "data.jsonl").write_text(json.dumps({"target": "t.png", "prompt": "x"} | changes))
+    (problem,) = read_source(tmp_path / "data.jsonl").problems
+    assert said in problem
+
+
+def test_masks_of_a_table_match_by_stem_as_those_of_a_folder(tmp_path):
+    for name in ("t/é.png", "t/b.png"):
+        picture(tmp_path / name)
+    picture(tmp_path / "masks/e\u0301_mask.PNG")  # decomposed, as some systems store it
+    path = write_csv(tmp_path / "d.csv", [{"path_target": f"t/{name}.png", "prompt": "x"} for name in ("é", "b")])
+    found = read_source(path, mask_path=tmp_path / "masks")
+    assert [record.mask is not None for record in found.records] == [False, True]
+    assert found.notes == [f"{tmp_path / 'masks'}: 1 of 2 samples have no mask, the first is b"]
+    assert "no such folder" in read_source(path, mask_path=tmp_path / "lost").problems[0]
+
+
+def test_a_picture_is_never_its_own_mask(tmp_path):
+    pair(tmp_path, "a")
+    for folder in ("training_images", "control_images"):
+        found = read_source(tmp_path, mask_path=tmp_path / folder)
+        assert found.records[0].mask is None
+        assert "1 of 1 samples have no mask" in found.notes[0]
+
+
+def test_controls_that_move_up_are_noted(tmp_path):
+    pair(tmp_path, "a", controls=3)
+    pair(tmp_path, "b", controls=2)
+    assert read_source(tmp_path).notes == []
+    (tmp_path / "control_images/a_control_1.png").unlink()
+    assert read_source(tmp_path).notes == [
+        "1 samples lack an earlier control, their later ones move up; the first is a"
+    ]
+
+
+def test_another_split_never_passes_for_the_one_asked_for(tmp_path):
+    import datasets
+
+    pair(tmp_path / "pairs", "a")
+    picture(tmp_path / "flat/a.png")
+    table = write_csv(tmp_path / "d.csv", [{"path_target": "flat/a.png", "prompt": "x"}])
+    for path in (tmp_path / "pairs", tmp_path / "flat", table):
+        assert "has no splits, found split: test" in read_source(path, split="test").problems[0]
+    datasets.Dataset.from_dict({"prompt": ["x"]}).save_to_disk(tmp_path / "saved")
+    assert "has no splits, found split: test" in read_hub(tmp_path / "saved", "test").problems[0]
+
+
+def test_keys_of_an_entry_without_effect_are_problems(tmp_path):
+    pair(tmp_path / "pairs", "a")
+    table = write_csv(tmp_path / "pairs/d.csv", [{"path_target": "training_images/a.png", "prompt": "x"}])
+    found = read_source(table, control_path=[tmp_path / "pairs/control_images"])
+    assert "control_path has no effect" in found.problems[0]
+    load_editing_dataset(tmp_path / "pairs").save_to_disk(tmp_path / "saved")
+    hub = {"path": tmp_path / "saved", "repo_id": None, "split": "train", "repeats": 1}
+    entry = SimpleNamespace(**hub, control_path=[tmp_path], mask_path=tmp_path)
+    problems = scan(config(entry), FAMILY).problems
+    assert [problem.split()[1] for problem in problems] == ["control_path", "mask_path"]
+
+
+def test_folders_that_are_passed_over_are_noted(tmp_path):
+    pair(tmp_path, "a")
+    picture(tmp_path / "images/b.png")
+    picture(tmp_path / "c.png")
+    notes = read_source(tmp_path).notes
+    assert [note.split(": ")[0] for note in notes] == [str(tmp_path), str(tmp_path / "images")]

@@ -12,6 +12,7 @@ The encoders come in as functions; nothing here knows a model.
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -106,6 +107,7 @@ class CacheManager:
         self.stages = tuple(stages)
         self.text_sees_controls = text_sees_controls
         self.schema = schema
+        self._filling = threading.Lock()  # reader threads that find damage repair it one after the other
         self._recipes = {stage.name: digests.canonical_json(recipes[stage.name]) for stage in stages}
         self._made_by = {
             stage.name: digests.blake3_json([schema, stage.name, stage.kind, self._recipes[stage.name]])
@@ -232,15 +234,16 @@ class CacheManager:
         ``NoSpace``, and ``UserError`` naming the samples that failed (up to a few; what was encoded is kept).
         """
         start = time.monotonic()
-        survey = self._survey(specs, verify, stop)
-        report = CacheReport(survey.reused, interrupted=not survey.complete)
-        if survey.complete and survey.total:
-            with locks.hold(self.root / ".lock", f"the cache {self.root}"):
-                self._sweep()
-                survey = self._survey_again(survey)
-                report.reused = survey.reused
-                with Progress(survey.total, "caching") as bar:
-                    _Filling(self, specs, load, stop, survey, report, bar).run(open_stage)
+        with self._filling:
+            survey = self._survey(specs, verify, stop)
+            report = CacheReport(survey.reused, interrupted=not survey.complete)
+            if survey.complete and survey.total:
+                with locks.hold(self.root / ".lock", f"the cache {self.root}"):
+                    self._sweep()
+                    survey = self._survey_again(survey)
+                    report.reused = survey.reused
+                    with Progress(survey.total, "caching") as bar:
+                        _Filling(self, specs, load, stop, survey, report, bar).run(open_stage)
         report.seconds = time.monotonic() - start
         return report
 
@@ -255,6 +258,7 @@ class CacheManager:
         return again
 
     def _sweep(self) -> None:
+        atomic.sweep(self.root)
         for stage in self.stages:
             folder = self.root / stage.name
             for part in sorted(folder.iterdir()) if folder.is_dir() else ():
@@ -283,7 +287,7 @@ class CacheManager:
 def _names(folder: Path) -> set[str]:
     try:
         return set(os.listdir(folder))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return set()
 
 

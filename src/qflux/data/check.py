@@ -16,8 +16,8 @@ from PIL import Image
 
 from qflux.data.dataset import EditDataset, load_sample, scan
 from qflux.data.images import ImageRef, load_mask, load_rgb
+from qflux.data.records import SampleRecord
 from qflux.data.sheet import MAX_ROWS, contact_sheet, evenly
-from qflux.data.sources import SampleRecord
 from qflux.errors import UserError
 from qflux.io.atomic import atomic_path
 from qflux.io.progress import Progress
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from qflux.io.digests import DigestMemo
 
 SHEET_NAME = "data_check.png"
+_FAINT = 15  # masks stored as 0 and 1, or as numbers of classes
 
 
 @dataclass(frozen=True)
@@ -115,13 +116,22 @@ def check_data(
     dataset = scan(data_config, family, memo=memo)
     pictures = list(_pictures(dataset))
     show = sys.stdout.isatty() if progress is None else progress
-    damaged = _decode(pictures, dataset.background, show)
+    damaged, notes = _decode(pictures, dataset.background, show)
     problems = list(dict.fromkeys([*dataset.problems, *damaged]))
     specs = [spec for spec in dataset.specs if spec]
+    same = [spec.id for spec in specs if spec.target in spec.controls]
+    if same:
+        notes.append(f"{len(same)} samples have their own target as control, the first is {same[0]}")
     wanted = data_config.target_size
+    sheet = None
+    if out_dir is not None and specs:
+        try:
+            sheet = _draw(dataset, Path(out_dir))
+        except OSError as error:
+            problems.append(f"{out_dir}: cannot write {SHEET_NAME} there ({error.strerror}); give another folder")
     return CheckReport(
         problems=tuple(problems),
-        notes=tuple(dataset.notes),
+        notes=(*dataset.notes, *notes),
         samples=len(dataset),
         unique_samples=len(dataset.records),
         pictures=len(pictures),
@@ -131,7 +141,7 @@ def check_data(
         duplicates=_duplicates(dataset),
         shapes=tuple(dataset.counts().items()),
         fingerprint=dataset.fingerprint() if not problems else None,
-        sheet=_draw(dataset, Path(out_dir)) if out_dir is not None and specs else None,
+        sheet=sheet,
     )
 
 
@@ -145,29 +155,36 @@ def _pictures(dataset: EditDataset) -> Iterator[tuple[ImageRef, bool]]:
             yield record.mask, True
 
 
-def _decode(pictures: list[tuple[ImageRef, bool]], background: tuple[int, int, int], show: bool) -> list[str]:
-    """Decode everything once; returns what is wrong, in the order of the pictures."""
+def _decode(
+    pictures: list[tuple[ImageRef, bool]], background: tuple[int, int, int], show: bool
+) -> tuple[list[str], list[str]]:
+    """Decode everything once; returns problems in the order of the pictures, and notes."""
 
-    def look(item: tuple[ImageRef, bool]) -> list[str]:
+    def look(item: tuple[ImageRef, bool]) -> tuple[list[str], str | None]:
         ref, is_mask = item
         try:
-            if is_mask:
-                load_mask(ref)
-            else:
+            if not is_mask:
                 load_rgb(ref, background)
+                return [], None
+            counts = load_mask(ref).histogram()
         except UserError as error:
-            return error.problems
-        return []
+            return error.problems, None
+        return [], ref.label if sum(counts[1:]) and not sum(counts[_FAINT + 1 :]) else None
 
     problems: list[str] = []
+    faint: list[str] = []
     with (
         Progress(len(pictures), "reading pictures", enabled=show) as bar,
         ThreadPoolExecutor(os.cpu_count() or 1) as pool,
     ):
-        for found in pool.map(look, pictures):
+        for found, mask in pool.map(look, pictures):
             problems += found
+            faint += [mask] if mask else []
             bar.advance()
-    return problems
+    if not faint:
+        return problems, []
+    note = f"{len(faint)} masks are nearly black, no value is above {_FAINT} of 255; the first is {faint[0]}"
+    return problems, [note]
 
 
 def _duplicates(dataset: EditDataset) -> tuple[tuple[str, ...], ...]:

@@ -18,7 +18,8 @@ from PIL import Image
 from qflux.data.geometry import plan_sizes, same_aspect, size_problems, text, transfer_box
 from qflux.data.hub_sources import is_hub_folder, read_hub
 from qflux.data.images import ImageRef, apply_resize, load_mask, load_rgb
-from qflux.data.sources import Found, SampleRecord, read_source
+from qflux.data.records import Found, SampleRecord
+from qflux.data.sources import read_source
 from qflux.errors import UserError
 from qflux.io.digests import blake3_json
 from qflux.types import EditSample, Family, Resize, SampleSpec, ShapeKey, Size, SizePlan
@@ -39,22 +40,22 @@ class EditDataset:
 
     records: list[SampleRecord]
     specs: list[SampleSpec | None]
-    passes: list[range]  # one a repeat of a source: the unique samples it runs over
+    passes: list[tuple[range, int]]  # of each source the unique samples it runs over, and how often
     background: tuple[int, int, int]
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
-        return sum(len(part) for part in self.passes)
+        return sum(len(part) * repeats for part, repeats in self.passes)
 
     def unique(self, index: int) -> int:
         """Position in ``records`` of sample ``index``."""
         if not 0 <= index < len(self):
             raise IndexError(index)
-        for part in self.passes:
-            if index < len(part):
-                return part[index]
-            index -= len(part)
+        for part, repeats in self.passes:
+            if index < len(part) * repeats:
+                return part[index % len(part)]
+            index -= len(part) * repeats
         raise IndexError(index)
 
     def spec(self, index: int) -> SampleSpec:
@@ -75,13 +76,16 @@ class EditDataset:
     def fingerprint(self) -> str:
         """Digest of all that is learned from: pixels, captions, sizes and their order; no names and no paths."""
         rows = [blake3_json(_content(spec)) if spec else None for spec in self.specs]
-        return blake3_json([rows, [[part.start, part.stop] for part in self.passes]])
+        passes = [[part.start, part.stop] + [repeats] * (repeats > 1) for part, repeats in self.passes]
+        return blake3_json([rows, passes])
 
     def counts(self) -> dict[ShapeKey, int]:
         """Samples a shape, repeats included."""
         found: Counter[ShapeKey] = Counter()
-        for part in self.passes:
-            found.update(spec.sizes.shape_key for spec in self.specs[part.start : part.stop] if spec)
+        for part, repeats in self.passes:
+            for spec in self.specs[part.start : part.stop]:
+                if spec is not None:
+                    found[spec.sizes.shape_key] += repeats
         return dict(sorted(found.items()))
 
 
@@ -105,13 +109,13 @@ def scan(
     problems = size_problems(data_config, family)
     sizes_usable = not problems
     records: list[SampleRecord] = []
-    passes: list[range] = []
+    passes: list[tuple[range, int]] = []
     notes: list[str] = []
     for entry in data_config.dataset_path if entries is None else entries:
         found = _read_entry(entry, data_config, memo)
         problems += found.problems
         notes += found.notes
-        passes += [range(len(records), len(records) + len(found.records))] * (entry.repeats or 1)
+        passes.append((range(len(records), len(records) + len(found.records)), entry.repeats or 1))
         records += found.records
     specs: list[SampleSpec | None] = []
     with ThreadPoolExecutor(min(16, (os.cpu_count() or 1) * 4)) as pool:
@@ -120,6 +124,8 @@ def scan(
             problems += found_here
     if memo is not None:
         memo.save()
+    if data_config.trigger_word and not any(TRIGGER in (record.prompt or "") for record in records):
+        notes.append(f"data.trigger_word: no caption holds {TRIGGER}, the word is not used")
     unique_problems = list(dict.fromkeys(problems))
     return EditDataset(records, specs, passes, tuple(data_config.background_color), unique_problems, notes)
 
@@ -182,7 +188,14 @@ def _read_entry(entry: Any, data_config: Any, memo: DigestMemo | None) -> Found:
         return read_source(
             Path(entry.path), control_path=entry.control_path, mask_path=mask_path, split=entry.split, memo=memo
         )
-    return read_hub(entry.repo_id or Path(entry.path), entry.split)
+    found = read_hub(entry.repo_id or Path(entry.path), entry.split)
+    for key in ("control_path", "mask_path"):
+        if getattr(entry, key):
+            found.problems.append(
+                f"data.dataset_path: {key} has no effect on {entry.repo_id or entry.path}, its columns name all "
+                "pictures; remove it"
+            )
+    return found
 
 
 def _spec(

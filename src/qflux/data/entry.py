@@ -148,4 +148,4 @@ def _content(view: memoryview) -> bytes:
 
 
 def _damaged(path: Path | str, found: str) -> CacheDamaged:
-    return CacheDamaged(f"{path}: damaged cache entry: {found}; run --cache verify to encode it again")
+    return CacheDamaged(f"{path}: damaged cache entry: {found}; run --cache to encode it again")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qflux.data.images import ImageRef
-from qflux.data.sources import Columns, Found, SampleRecord, columns_of, finish
+from qflux.data.records import Columns, Found, SampleRecord, columns_of, finish
 from qflux.errors import UserError
 from qflux.io.quiet import quiet_imports
 
@@ -49,6 +49,10 @@ def open_hub(source: Path | str, split: str = "train", revision: str | None = No
                 f"data.dataset_path: {source} cannot be opened ({reason}); check the name, the login and the connection"
             ) from error
     if isinstance(opened, datasets.Dataset):
+        if split not in ("train", str(opened.split)):  # its samples must not pass for those of another split
+            raise UserError(
+                f"data.dataset_path: {source} has no splits, found split: {split}; name that split's folder"
+            )
         return opened
     if split not in opened:
         raise UserError(f"data.dataset_path: {source} has no split {split}, it has {', '.join(opened)}; set split")

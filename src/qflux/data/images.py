@@ -97,17 +97,24 @@ class ImageRef:
         return self._size
 
     def read(self) -> bytes:
-        """The encoded bytes."""
+        """The encoded bytes. ``UserError`` where they are no longer those of a digest given before."""
         with _reasons(self.label):
             if self.path is not None:
-                return self.path.read_bytes()
-            assert self.fetch is not None
-            return self.fetch()
+                data = self.path.read_bytes()
+            else:
+                assert self.fetch is not None
+                data = self.fetch()
+            if self._digest is not None and blake3(data).hexdigest() != self._digest:
+                raise UserError(
+                    f"{self.label}: found other bytes than when the data set was opened, expected pictures that do "
+                    "not change during a run; start again, and touch the file if its old time stamp was put back"
+                )
+            return data
 
 
 def load_rgb(ref: ImageRef, background: Colour = (255, 255, 255)) -> Image.Image:
     """Decode to RGB; transparent parts show ``background``. ``UserError`` names the picture and the reason."""
-    with _opened(ref) as opened:
+    with _opened(ref, ref.read()) as opened:
         turn, profile = _orientation(opened), opened.info.get("icc_profile")
         image = _eight_bit(opened)
         alpha = image.getchannel("A") if image.mode in ("RGBA", "LA") else None
@@ -122,7 +129,7 @@ def load_rgb(ref: ImageRef, background: Colour = (255, 255, 255)) -> Image.Image
 
 def load_mask(ref: ImageRef) -> Image.Image:
     """Decode to 8-bit grey (0 background, 255 foreground)."""
-    with _opened(ref) as opened:
+    with _opened(ref, ref.read()) as opened:
         turn = _orientation(opened)
         image = _eight_bit(opened)
         if image.mode in ("RGBA", "LA"):
@@ -166,12 +173,18 @@ def _reasons(label: str) -> Iterator[None]:
 
 
 @contextmanager
-def _opened(ref: ImageRef) -> Iterator[Image.Image]:
-    """The opened, not yet decoded picture, after the checks that need its header only."""
+def _opened(ref: ImageRef, data: bytes | None = None) -> Iterator[Image.Image]:
+    """The opened, not yet decoded picture, after the checks that need its header only; ``data`` are its bytes.
+
+    Whoever decodes gives the bytes, which were compared with the digest: pixels never pass for those of another file.
+    """
     # Our own pixel limit and error lines stand in for Pillow's warnings.
     warnings.filterwarnings("ignore", module=r"PIL\..*")
     with _reasons(ref.label):
-        source: IO[bytes] | Path = ref.path if ref.path is not None else io.BytesIO(ref.read())
+        if data is None and ref.path is None:
+            data = ref.read()
+        source: IO[bytes] | Path | None = ref.path if data is None else io.BytesIO(data)
+        assert source is not None
         with Image.open(source, formats=FORMATS) as image:
             width, height = image.size
             if width * height > MAX_PIXELS:

@@ -106,8 +106,13 @@ class DigestMemo:
         self._known[key] = self._fresh[key] = [*stamp, digest]
 
     def save(self) -> None:
-        """Write new notes, if any, into the file, keeping what other processes noted meanwhile."""
+        """Write new notes, if any, into the file, keeping what other processes noted meanwhile.
+
+        A place that cannot be written to only means that files are read again next time.
+        """
         if self._fresh:
             self._known = self._read() | self._known | self._fresh
-            atomic.write_json(self.path, self._known)
+            text = json.dumps(self._known, sort_keys=True, indent=2)  # ASCII: a file name need not be valid Unicode
+            with suppress(OSError):
+                atomic.write_text(self.path, text + "\n")
             self._fresh = {}

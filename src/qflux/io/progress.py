@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
@@ -12,11 +14,27 @@ _bars: list[Progress] = []
 
 
 def say(text: str) -> None:
-    """Print one plain line of ours to stdout, above a live bar if there is one."""
-    for bar in reversed(_bars):
-        if bar.print_above(text):
-            return
-    print(text, flush=True)
+    """Print one plain line of ours to stdout, above a live bar if there is one.
+
+    Nothing about a line ends a run: what the encoding lacks is escaped, and when nobody reads any more it is dropped.
+    """
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    text = text.encode(encoding, "backslashreplace").decode(encoding)
+    try:
+        for bar in reversed(_bars):
+            if bar.print_above(text):
+                return
+        print(text, flush=True)
+    except OSError:
+        _stop_writing()
+
+
+def _stop_writing() -> None:
+    """Send the rest to nowhere; what is still buffered would raise again when the interpreter ends."""
+    with suppress(OSError, ValueError, AttributeError):
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, sys.stdout.fileno())
+        os.close(null)
 
 
 def _shown(value: object) -> str:

@@ -105,6 +105,11 @@ def open_run(
         if in_place:
             checkpoint = checkpoint or find_checkpoint(folder)
         step = _checkpoint_step(checkpoint, wanted)
+        if step > config.train.max_train_steps:
+            raise UserError(
+                f"train.max_train_steps: found {config.train.max_train_steps}, but {checkpoint} is of step {step}; "
+                "raise it, or name an earlier checkpoint with --resume"
+            )
         _prepare_metrics(folder, checkpoint, step)
         atomic.write_text(folder / "config.yaml", dump_config(config))
         record = _record(config, wanted, device, data, step, notes)
@@ -137,11 +142,13 @@ def identity_differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> l
 def _choose(root: Path, identity: Mapping[str, Any], max_steps: int) -> Path | None:
     """The folder ``--resume auto`` continues; UserError when only folders of another identity could be."""
     refused: tuple[Path, list[str]] | None = None
+    empty: Path | None = None  # of a run that ended before it wrote anything: it must not hide one that got further
     for folder in reversed(run_folders(root)):
         record = read_record(folder)
         if record is None:
             if not _foreign_entries(folder):
-                return folder
+                empty = empty or folder
+                continue
             say(f"{folder} has no readable {RECORD} and is not continued")
             continue
         if record.get("exit_code") == DONE and record.get("max_train_steps", 0) >= max_steps:
@@ -152,7 +159,7 @@ def _choose(root: Path, identity: Mapping[str, Any], max_steps: int) -> Path | N
         refused = refused or (folder, differences)
     if refused:
         raise _differs(*refused)
-    return None
+    return empty
 
 
 def _explicit(path: Path, identity: Mapping[str, Any]) -> tuple[Path | None, Path | None]:

@@ -211,7 +211,7 @@ def adapter_velocity(subject: Subject, controls: int) -> Difference:
 def adapter_picture(subject: Subject, controls: int) -> Difference:
     """A picture drawn while training against the one that a fresh official pipeline draws from the prompt."""
     with trained_and_reloaded(subject, controls) as (trainer, model, fresh, sample, encoded):
-        parts = {name: part for name, part in fresh.items() if name in ("vae", "scheduler")}
+        parts = {name: part for name, part in fresh.items() if name in trainer.family.drawing}
         pipe = trainer.pipeline({**parts, trainer.family.denoiser: model})
         ours = draw_picture(trainer, pipe, sample, encoded[0].text, seed=3, steps=STEPS)
         fresh_pipe = oracle.official_pipeline(trainer, fresh, sample)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from qflux.runtime.signals import StopSignal
     from qflux.trainer.base_trainer import BaseTrainer
 
-RECIPE = 1  # raise when the same inputs give other tensors than before
+RECIPE = 1  # raised when shared code makes other tensors of the same inputs than before
 
 
 def cache_root(trainer: BaseTrainer) -> Path:
@@ -45,7 +45,7 @@ def cache_manager(trainer: BaseTrainer, memo: DigestMemo) -> CacheManager:
     for stage in family.stages:
         recipe: dict[str, object] = {
             "family": family.name,
-            "recipe": RECIPE,
+            "recipe": [RECIPE, family.recipe],
             "dtype": str(trainer.dtype),
             "weights": {name: component_identity(trainer.folder, name, memo) for name in stage.components},
         }

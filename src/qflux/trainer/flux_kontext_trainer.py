@@ -54,7 +54,6 @@ class FluxKontextTrainer(BaseTrainer):
             "attention+mlp": _ATTENTION + _TEXT_ATTENTION + _MLP,
         },
         block_lists=("transformer_blocks", "single_transformer_blocks"),
-        keep_high_precision=("x_embedder", "context_embedder", "time_text_embed", "norm_out", "proj_out"),
     )
 
     def load(self, component: str) -> Any:

@@ -194,6 +194,7 @@ def build_run(trainer: BaseTrainer, opened: Opened, stop: StopSignal) -> Run:
     shift = setup.Shift.of(trainer)
     validation = Validation.of(trainer, cache, held_out, stop)
     batch = setup.samples_per_step(trainer, place.processes)
+    stop.poll()
     model, weights = setup.make_weights(trainer, place, batch)
     if folder.checkpoint is not None:
         read_weights(folder.checkpoint, trainer, weights)
@@ -213,7 +214,7 @@ def _train(run: Run) -> None:
     total, every = config.train.max_train_steps, config.logging.validation.steps
     workers = 0 if run.reader.cache is None else config.data.num_workers
     steps = islice(run.order.steps(state.step), max(0, total - state.step))
-    if state.step == 0 and every:
+    if state.step == 0 and every and not run.stop.asked:
         run.validate()
     with Progress(total, "training", "step", enabled=run.place.main, done=state.step) as bar:
         for step, batches in feed(steps, run.reader.read, workers):

@@ -21,7 +21,7 @@ from qflux.trainer.state import Weights
 from qflux.types import EditSample
 from qflux.validation.comparison import encode_texts
 from qflux.validation.held_out import HeldOut
-from qflux.validation.validation_sampler import ValidationSampler
+from qflux.validation.validation_sampler import ValidationSampler, load_drawing_parts
 
 if TYPE_CHECKING:
     from qflux.data.cache_manager import CacheManager
@@ -50,9 +50,7 @@ def validation_samples(trainer: BaseTrainer, cache: CacheManager | None, stop: S
 
 def make_sampler(trainer: BaseTrainer, samples: Sequence[TextSample]) -> ValidationSampler:
     """The sampler with the components that drawing needs besides the network."""
-    components = {name: trainer.load(name) for name in ("vae", "scheduler")}
-    components["vae"].to(trainer.device)
-    return ValidationSampler(trainer, samples, components)
+    return ValidationSampler(trainer, samples, load_drawing_parts(trainer))
 
 
 @dataclass
@@ -110,6 +108,7 @@ def draw_samples(trainer: BaseTrainer, stop: StopSignal, checkpoint: str | None,
     say(f"drawing {len(samples)} samples with {folder if folder else 'the bare model'} into {out}")
     with adapters.rounded_copy(model, trainer.dtype):
         make_sampler(trainer, samples).draw(model, out, stop, fenced=False)
+    stop.poll()
     return out
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,6 +122,8 @@ def make_weights(trainer: BaseTrainer, place: Placement, batch: int) -> tuple[to
         model.set_attention_backend(config.train.attention_backend)
     if config.model.lora is None:
         adapters.prepare_full(model)
+        # Under autocast a norm with fp32 weights takes torch's plain kernel; that is meant, and torch warns of it.
+        warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
     else:
         names = adapters.add_adapter(model, config.model.lora, trainer.family, config.train.seed)
         if config.model.lora.pretrained_weight is not None:

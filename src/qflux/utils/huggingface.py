@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from qflux.data.hub_sources import is_hub_folder, open_hub
 from qflux.data.images import ImageRef
-from qflux.data.sources import Columns, columns_of, read_source
+from qflux.data.records import Columns, columns_of
+from qflux.data.sources import read_source
 from qflux.errors import UserError
 from qflux.io.quiet import quiet_imports
 

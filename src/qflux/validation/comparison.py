@@ -21,7 +21,7 @@ from qflux.models.adapters import rounded_copy
 from qflux.models.loading import free
 from qflux.types import EditSample
 from qflux.validation.metrics import mask_iou, psnr, ssim
-from qflux.validation.validation_sampler import call_pipeline, save_png
+from qflux.validation.validation_sampler import draw_picture, load_drawing_parts, save_png
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -55,27 +55,6 @@ def encode_texts(trainer: Any, samples: Sequence[EditSample]) -> list[dict[str, 
     return texts
 
 
-def draw_picture(
-    trainer: Any, pipe: Any, sample: EditSample, text: Mapping[str, Tensor] | None, *, seed: int, steps: int
-) -> Image.Image:
-    """One picture from noise of ``seed``; without ``text`` the pipeline encodes the prompt itself."""
-    pipe.set_progress_bar_config(disable=True)
-    settings = trainer.config.logging.validation
-    given: dict[str, Any] = {"prompt": sample.prompt}
-    if text is not None:
-        given = {name: tensor[None].to(trainer.device) for name, tensor in text.items()}
-    with torch.no_grad():
-        result = call_pipeline(
-            pipe,
-            trainer.call_kwargs(sample),
-            **given,
-            guidance_scale=settings.guidance_scale,
-            num_inference_steps=steps,
-            generator=torch.Generator("cpu").manual_seed(seed),
-        )
-    return result.images[0]
-
-
 def score(answer: Image.Image, sample: EditSample) -> dict[str, float]:
     """Metrics of one answer against the sample's target and mask; NaN where one has no meaning."""
     assert sample.target is not None
@@ -97,9 +76,7 @@ def answers(
 ) -> tuple[list[Image.Image], list[float]]:
     """(pictures, seconds each) of ``samples``, with the weights users get: the adapter rounded as loaders round it."""
     texts = encode_texts(trainer, samples)
-    components = {name: trainer.load(name) for name in ("vae", "scheduler")}
-    components["vae"].to(trainer.device)
-    pipe = trainer.pipeline({**components, trainer.family.denoiser: model})
+    pipe = trainer.pipeline({**load_drawing_parts(trainer), trainer.family.denoiser: model})
     settings = trainer.config.logging.validation
     pictures, seconds = [], []
     with rounded_copy(model, trainer.dtype), Progress(len(samples), label, "image") as bar:

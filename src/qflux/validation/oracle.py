@@ -8,6 +8,7 @@ its own encoded samples. Where the two agree, training is inference.
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -82,10 +83,10 @@ def recorded(pipe: Any, network: str = "transformer") -> Iterator[list[dict[str,
     """While inside, every forward of ``pipe.<network>`` is noted in the list that is given; then all is as before."""
     module, calls = getattr(pipe, network), []
     forward = module.forward
+    signature = inspect.signature(forward)
 
     def recording(*args: Any, **named: Any) -> Any:
-        if args:
-            raise TypeError("the pipeline calls its network with positional arguments; the oracle reads names")
+        named = dict(signature.bind(*args, **named).arguments)
         output = forward(**named)
         first = output[0] if isinstance(output, tuple) else output.sample
         calls.append({"arguments": _copied(named), "output": first.clone(), "sigma": _sigma(pipe.scheduler)})

@@ -40,6 +40,47 @@ def call_pipeline(pipe: Any, kwargs: Mapping[str, Any], **extra: Any) -> Any:
     return pipe(**plain, **extra)
 
 
+def draw_picture(
+    trainer: Any,
+    pipe: Any,
+    sample: EditSample,
+    text: Mapping[str, Tensor] | None,
+    *,
+    seed: int,
+    steps: int,
+    **extra: Any,
+) -> Image.Image:
+    """One picture from noise of ``seed``; without ``text`` the pipeline encodes the prompt itself."""
+    pipe.set_progress_bar_config(disable=True)
+    given: dict[str, Any] = {"prompt": sample.prompt}
+    if text is not None:
+        given = {name: tensor[None].to(trainer.device) for name, tensor in text.items()}
+    with torch.no_grad():
+        result = call_pipeline(
+            pipe,
+            trainer.call_kwargs(sample),
+            **given,
+            guidance_scale=trainer.config.logging.validation.guidance_scale,
+            num_inference_steps=steps,
+            generator=torch.Generator("cpu").manual_seed(seed),
+            **extra,
+        )
+    return result.images[0]
+
+
+def load_drawing_parts(trainer: Any) -> dict[str, Any]:
+    """The components that drawing needs besides the network and text encoders, on the trainer's device."""
+    parts = {name: trainer.load(name) for name in trainer.family.drawing}
+    for part in parts.values():
+        if isinstance(part, torch.nn.Module):
+            part.to(trainer.device)
+    return parts
+
+
+class _Stopped(Exception):
+    """Ends a picture between two of its steps."""
+
+
 class ValidationSampler:
     """Draws ``samples`` (each with its encoded text) with the trainer's official pipeline.
 
@@ -66,13 +107,13 @@ class ValidationSampler:
             with torch.no_grad(), Progress(len(self.samples), f"sampling {out.name}", "image") as bar:
                 for i, (sample, _) in enumerate(self.samples):
                     image = self._one(model, i, stop)
-                    if image is None:
-                        return images
                     images[sample.id] = image
                     save_png(out / f"{sample.id}.png", image)
                     bar.advance()
             if images:
                 self._sheet(images, out)
+        except _Stopped:
+            return images
         except Exception as error:
             if not fenced:
                 raise
@@ -81,26 +122,17 @@ class ValidationSampler:
             say(f"sampling: stopped by {type(error).__name__}: {str(error).splitlines()[0]}; training goes on")
         return images
 
-    def _one(self, model: Any, i: int, stop: StopSignal) -> Image.Image | None:
+    def _one(self, model: Any, i: int, stop: StopSignal) -> Image.Image:
+        def poll(pipe: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+            if stop.asked:
+                raise _Stopped
+            return values
+
         sample, text = self.samples[i]
         settings = self.trainer.config.logging.validation
         pipe = self.trainer.pipeline({**self.components, self.trainer.family.denoiser: model})
-        pipe.set_progress_bar_config(disable=True)
-
-        def poll(pipe: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
-            pipe._interrupt = stop.asked
-            return values
-
-        image = call_pipeline(
-            pipe,
-            self.trainer.call_kwargs(sample),
-            **{name: tensor[None].to(self.trainer.device) for name, tensor in text.items()},
-            guidance_scale=settings.guidance_scale,
-            num_inference_steps=settings.num_inference_steps,
-            generator=torch.Generator("cpu").manual_seed(settings.seed + i),
-            callback_on_step_end=poll,
-        ).images[0]
-        return None if stop.asked else image
+        seed, steps = settings.seed + i, settings.num_inference_steps
+        return draw_picture(self.trainer, pipe, sample, text, seed=seed, steps=steps, callback_on_step_end=poll)
 
     def _sheet(self, images: Mapping[str, Image.Image], out: Path) -> None:
         """Contact sheet and scores; ``before`` is what the same run drew at step 0."""
