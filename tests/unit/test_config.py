@@ -172,6 +172,12 @@ def test_all_problems_come_at_once_with_line_key_value_and_advice(problems, tmp_
         ("train.lr_scheduler", {"name": "linear", "warmup_steps": 1001}, "at most train.max_train_steps = 1000"),
         ("train.lr_scheduler", {"warmup_steps": 1}, "constant_with_warmup"),
         ("train.lr_scheduler", {"name": "cosine_with_restarts", "num_cycles": 0.5}, "whole number of cycles"),
+        ("model.lora.lora_alpha", True, "a whole number at least 1"),
+        ("model.lora.lora_alpha", "8", "a whole number at least 1"),
+        ("data.dataset_path", "", "expected a path"),
+        ("data.mask_path", "", "expected a path"),
+        ("logging.output_dir", "", "expected a path"),
+        ("cache.cache_dir", "", "expected a path"),
         ("train.sigma.shift", 0, '"none", "auto" or a number above 0'),
         ("train.gradient_checkpointing", "yes", "true or false or none or full"),
         ("data.target_size", [64, 64, 64], "[height, width]"),
@@ -205,6 +211,9 @@ def test_two_size_rules_exclude_each_other(problems):
     (line,) = problems(with_key("data.multi_resolutions", [512]), "data.target_size=[64,64]")
     assert "data.multi_resolutions" in line
     assert "excludes data.target_size" in line
+    (line,) = problems(with_key("data.controls_size", [64, 64]), "data.control_plan=pipeline")
+    assert "data.control_plan" in line
+    assert "excludes data.controls_size" in line
 
 
 def test_missing_keys_are_named_with_what_to_write(problems):

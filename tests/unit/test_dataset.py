@@ -225,6 +225,6 @@ def test_an_unused_trigger_word_is_noted(tmp_path):
 def test_a_picture_changed_after_opening_is_refused(tmp_path):
     dataset = open_dataset(config(entry(pairs(tmp_path, "a"))), FAMILY)
     dataset.load(0)
-    picture(tmp_path / "control_images/a.png", grey=99)
-    with pytest.raises(UserError, match=r"control_images/a\.png: found other bytes than when"):
+    picture(tmp_path / "control/a.png", grey=99)
+    with pytest.raises(UserError, match=r"control/a\.png: found other bytes than when"):
         dataset.load(0)

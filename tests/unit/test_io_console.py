@@ -45,6 +45,22 @@ def test_fields_unit_and_a_resumed_count(capsys, clock):
     assert capsys.readouterr().out == "train 12/20  0.500 samples/s  eta 0:00:16  loss 0.1235  note x\n"
 
 
+def test_a_line_never_ends_a_run():
+    code = (
+        "import os, sys; from qflux.io.progress import say\n"
+        "say('caf\\u00e9 \\udcff'); sys.stdin.readline(); say('lost'); say('lost'); print('on', file=sys.stderr)"
+    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    with subprocess.Popen([sys.executable, "-c", code], env=environment, **pipes) as process:
+        assert process.stdout.readline() == b"caf\\xe9 \\udcff\n"
+        process.stdout.close()
+        process.stdin.write(b"\n")
+        process.stdin.close()
+        assert process.stderr.read() == b"on\n"
+    assert process.returncode == 0
+
+
 @pytest.mark.parametrize(("total", "enabled"), [(0, True), (5, False)])
 def test_nothing_to_show(capsys, total, enabled):
     with progress.Progress(total, "caching", enabled=enabled) as bar:

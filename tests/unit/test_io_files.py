@@ -206,6 +206,22 @@ def test_memos_of_two_processes_are_merged(tmp_path):
     assert all(merged.get(path) for path in paths)
 
 
+def test_a_memo_knows_odd_names_and_needs_no_place_to_be_saved(tmp_path):
+    path = os.path.join(os.fsencode(tmp_path), b"\xff.png").decode("utf-8", "surrogateescape")
+    with open(path, "wb") as handle:
+        handle.write(b"x")
+    os.utime(path, (1e9, 1e9))
+    memo = digests.DigestMemo(tmp_path / "memo.json")
+    digest = digests.blake3_file(path, memo)
+    memo.save()
+    assert digests.DigestMemo(tmp_path / "memo.json").get(path) == digest
+    (tmp_path / "file").write_text("")
+    nowhere = digests.DigestMemo(tmp_path / "file/memo.json")
+    digests.blake3_file(path, nowhere)
+    nowhere.save()
+    assert nowhere.get(path) == digest
+
+
 def test_lock_names_its_holder_and_dies_with_it(tmp_path):
     path = tmp_path / "sub" / ".lock"
     code = (

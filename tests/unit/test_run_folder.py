@@ -165,6 +165,37 @@ def test_auto_takes_up_a_folder_that_was_only_made_but_none_of_somebody_else(con
     assert "v2 has no readable run.json" in capsys.readouterr().out
 
 
+def test_a_folder_that_was_only_made_does_not_hide_a_run_that_got_further(config):
+    path = crashed(config, 2)
+    (path.parent / "v2").mkdir()
+    with open_run(config, IDENTITY, "auto") as run:
+        assert (run.path, run.step) == (path, 2)
+
+
+def test_a_name_taken_by_something_else_is_refused_before_training(config):
+    path = crashed(config, 2)
+    (path / "checkpoint-000006").mkdir()
+    (path / "checkpoint-000008").write_text("mine")
+    with pytest.raises(UserError) as caught:
+        open_run(config, IDENTITY, "auto")
+    assert [Path(problem.split(":")[0]).name for problem in caught.value.problems] == [
+        "checkpoint-000006",
+        "checkpoint-000008",
+    ]
+    assert (path / "checkpoint-000008").read_text() == "mine"
+
+
+def test_fewer_steps_than_were_made_are_refused(config):
+    path = crashed(config, 2, 4)
+    config.train.max_train_steps = 3
+    for resume in ("auto", path):
+        with pytest.raises(UserError, match=r"max_train_steps: found 3, but .*checkpoint-000004 is of step 4"):
+            open_run(config, IDENTITY, resume)
+    assert logged(path)[-1] >= 4
+    with open_run(config, IDENTITY, path / "checkpoint-000002") as run:
+        assert run.step == 2
+
+
 def test_a_live_run_is_locked(config):
     with open_run(config, IDENTITY):
         for resume in ("auto", config.logging.output_dir / "demo" / "v1"):

@@ -13,7 +13,6 @@ from PIL import Image
 
 from qflux.data.dataset import open_dataset, scan
 from qflux.data.hub_sources import is_hub_folder, read_hub
-from qflux.data.records import columns_of, natural
 from qflux.data.sources import read_source
 from qflux.errors import UserError
 from qflux.types import Family
@@ -155,78 +154,17 @@ def test_stems_match_across_unicode_forms(tmp_path):
     assert (record.id, len(record.controls), record.prompt) == ("caf\u00e9", 1, "x")
 
 
+def test_nothing_there(tmp_path):
+    assert "repo_id" in read_source(tmp_path / "lost").problems[0]
+    assert "found no pictures" in read_source(tmp_path).problems[0]
+
+
 def write_csv(path: Path, rows: list[dict], encoding: str = "utf-8") -> Path:
     with path.open("w", encoding=encoding, newline="") as stream:
         writer = csv.DictWriter(stream, fieldnames=list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
     return path
-
-
-def test_csv(tmp_path):
-    for name in ("t/a.png", "c/a.png", "c/b.png", "m/a.png", "t/b.png"):
-        picture(tmp_path / name)
-    rows = [
-        {"path_control_10": "c/b.png", "path_target": "t/b.png", "path_control_2": "", "prompt": "b", "path_mask": ""},
-        {
-            "path_control_10": "c/b.png",
-            "path_target": "t/a.png",
-            "path_control_2": "c/a.png",
-            "prompt": "a",
-            "path_mask": "m/a.png",
-        },
-    ]
-    found = read_source(write_csv(tmp_path / "data.csv", rows, "utf-8-sig"))
-    a, b = found.records
-    assert found.problems == []
-    assert (a.id, a.prompt, names(a.controls), a.mask.path.parent.name) == ("a", "a", ["a.png", "b.png"], "m")
-    assert (b.id, names(b.controls), b.mask) == ("b", ["b.png"], None)
-
-
-@pytest.mark.parametrize("name", ["/etc/hostname", "../outside.png", "t/../../outside.png", "./../x.png"])
-def test_tables_cannot_leave_their_folder(tmp_path, name):
-    picture(tmp_path / "outside.png")
-    (tmp_path / "set").mkdir()
-    path = write_csv(tmp_path / "set/data.csv", [{"path_target": name, "prompt": "x"}])
-    found = read_source(path)
-    assert found.records == []
-    assert len(found.problems) == 1
-    assert f"{path}:2: path_target: found {name}, expected a path inside" in found.problems[0]
-
-
-def test_table_problems(tmp_path):
-    picture(tmp_path / "a.png")
-    path = tmp_path / "data.csv"
-    path.write_text("path_target,prompt,colour\na.png,x,red\nb.png,y,red\n,z,red\na.png,1,2,3\na.png,again,blue\n")
-    found = read_source(path)
-    assert [record.id for record in found.records] == ["a", "a#2"]
-    assert [problem.split(": ")[0].rpartition(":")[2] for problem in found.problems] == ["5", "3", "4"]
-    assert found.notes == [f"{path}: columns not used: colour"]
-    path.write_text("picture,prompt\na.png,x\n")
-    assert "found no target column" in read_source(path).problems[0]
-    (tmp_path / "data.jsonl").write_text('{"target": "a.png"}\n\nnot json\n[1]\n')
-    found = read_source(tmp_path / "data.jsonl")
-    assert len(found.records) == 1
-    assert len(found.problems) == 2
-
-
-def test_nothing_there(tmp_path):
-    assert "repo_id" in read_source(tmp_path / "lost").problems[0]
-    assert "found no pictures" in read_source(tmp_path).problems[0]
-
-
-def test_columns_are_known_by_their_names():
-    found = columns_of(
-        ["control_10_file_name", "control_2_file_name", "mask_file_name", "file_name", "text", "control_note"]
-    )
-    assert found.controls == ("control_2_file_name", "control_10_file_name")
-    assert (found.target, found.mask, found.prompt, found.id) == ("file_name", "mask_file_name", "text", None)
-    hub = columns_of(COLUMNS)
-    assert (hub.controls, hub.mask, hub.target) == (("control_images",), "control_mask", "target_image")
-
-
-def test_natural_order():
-    assert sorted(["a10", "a2", "b", "a", "10", "9"], key=natural) == ["9", "10", "a", "a2", "a10", "b"]
 
 
 @pytest.fixture
@@ -360,70 +298,6 @@ def test_split_folders(tmp_path):
     assert read_source(tmp_path, split="test").records[0].id == "b"
 
 
-def test_a_first_control_stays_first_whatever_its_column_ends_with(tmp_path):
-    for name in ("t.png", "one.png", "two.png", "three.png"):
-        picture(tmp_path / name)
-    row = {
-        "file_name": "t.png",
-        "control_3_file_name": "three.png",
-        "control_2_file_name": "two.png",
-        "control_file_name": "one.png",
-        "text": "x",
-    }
-    (tmp_path / "metadata.jsonl").write_text(json.dumps(row))
-    (record,) = read_source(tmp_path).records
-    assert names(record.controls) == ["one.png", "two.png", "three.png"]
-
-
-def test_csv_cells_may_have_space_around_them_and_rows_may_be_empty(tmp_path):
-    for name in ("t.png", "c.png"):
-        picture(tmp_path / name)
-    path = tmp_path / "data.csv"
-    path.write_text("path_target, path_control, prompt\nt.png, c.png, a b \n , , \n,,\n")
-    found = read_source(path)
-    assert (found.problems, found.notes) == ([], [])
-    assert [(names(record.controls), record.prompt) for record in found.records] == [(["c.png"], "a b")]
-    path.write_text("path_target;prompt\nt.png;x\n")
-    assert "separated by commas" in read_source(path).problems[0]
-    path.write_text("path_target,path_target,prompt\nt.png,c.png,x\n")
-    assert "the column path_target twice" in read_source(path).problems[0]
-
-
-def test_json_lines_end_at_line_feeds_only(tmp_path):
-    picture(tmp_path / "t.png")
-    path = tmp_path / "data.jsonl"
-    row = {"target": "t.png", "prompt": "a\u2028b\x85c", "id": "9" * 5000}
-    path.write_text(json.dumps(row, ensure_ascii=False) + "\r\n", encoding="utf-8")
-    found = read_source(path)
-    assert (found.problems, found.records[0].prompt) == ([], row["prompt"])
-
-
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [
-        ({"prompt": ["a", "b"]}, "expected one text"),
-        ({"prompt": "a\ud800"}, "half a character"),
-        ({"target": ["t.png", "t.png"]}, "found 2 pictures, expected one"),
-    ],
-)
-def test_odd_json_cells_are_problems(tmp_path, changes, said):
-    picture(tmp_path / "t.png")
-    (tmp_path / "data.jsonl").write_text(json.dumps({"target": "t.png", "prompt": "x"} | changes))
-    (problem,) = read_source(tmp_path / "data.jsonl").problems
-    assert said in problem
-
-
-def test_masks_of_a_table_match_by_stem_as_those_of_a_folder(tmp_path):
-    for name in ("t/é.png", "t/b.png"):
-        picture(tmp_path / name)
-    picture(tmp_path / "masks/e\u0301_mask.PNG")  # decomposed, as some systems store it
-    path = write_csv(tmp_path / "d.csv", [{"path_target": f"t/{name}.png", "prompt": "x"} for name in ("é", "b")])
-    found = read_source(path, mask_path=tmp_path / "masks")
-    assert [record.mask is not None for record in found.records] == [False, True]
-    assert found.notes == [f"{tmp_path / 'masks'}: 1 of 2 samples have no mask, the first is b"]
-    assert "no such folder" in read_source(path, mask_path=tmp_path / "lost").problems[0]
-
-
 def test_a_picture_is_never_its_own_mask(tmp_path):
     pair(tmp_path, "a")
     for folder in ("training_images", "control_images"):
@@ -472,3 +346,27 @@ def test_folders_that_are_passed_over_are_noted(tmp_path):
     picture(tmp_path / "c.png")
     notes = read_source(tmp_path).notes
     assert [note.split(": ")[0] for note in notes] == [str(tmp_path), str(tmp_path / "images")]
+
+
+def test_hub_columns_with_gaps_and_single_controls(tmp_path):
+    import datasets
+
+    picture(tmp_path / "a.png")
+    path = str(tmp_path / "a.png")
+    rows = {"target": [path, path], "control": [path, None], "control_2": [path, path], "prompt": ["x", "y"]}
+    made = datasets.Dataset.from_dict(rows)
+    for column in ("target", "control", "control_2"):
+        made = made.cast_column(column, datasets.Image())
+    made.save_to_disk(tmp_path / "gaps")
+    assert read_hub(tmp_path / "gaps").notes == [
+        f"1 samples lack an earlier control, their later ones move up; the first is {tmp_path / 'gaps'}[train] row 1"
+    ]
+    single = {"id": ["a"], "control_images": [path], "control_mask": [None], "target_image": [path], "prompt": ["x"]}
+    made = datasets.Dataset.from_dict(single)
+    for column in ("control_images", "control_mask", "target_image"):
+        made = made.cast_column(column, datasets.Image())
+    made.save_to_disk(tmp_path / "single")
+    assert len(load_editing_dataset(tmp_path / "single")[0]["control_images"]) == 1
+    datasets.Dataset.from_dict({"x": ["y"]}).save_to_disk(tmp_path / "foreign")
+    with pytest.raises(UserError, match="found the columns x"):
+        load_editing_dataset(tmp_path / "foreign")

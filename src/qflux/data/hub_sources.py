@@ -80,6 +80,9 @@ def read_hub(source: Path | str, split: str = "train", revision: str | None = No
     for row, cells in enumerate(_cells(table)):
         try:
             found.records.append(reader.record(row, cells))
+            filled = [bool(cells[name]) for name in columns.controls]
+            if filled != sorted(filled, reverse=True):
+                found.gaps.append(found.records[-1].label)
         except UserError as error:
             found.problems += error.problems
     return finish(found)
@@ -103,7 +106,9 @@ class RowImage:
         value = cell.as_py() or {}
         if value.get("bytes"):
             return value["bytes"]
-        path = Path(value.get("path") or "")
+        if not value.get("path"):
+            raise ValueError("the list holds nothing at this place")
+        path = Path(value["path"])
         if not any(path.resolve().is_relative_to(root) for root in self.roots):
             raise ValueError(f"the row names {path}, outside of the data set")
         return path.read_bytes()

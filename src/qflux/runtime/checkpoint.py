@@ -115,6 +115,16 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
     return [path for _, _, path in sorted(found)]
 
 
+def taken_names(run_dir: Path, step: int) -> list[Path]:
+    """What has the name of a checkpoint after ``step`` but was not written by us: a save would have to stop at it."""
+    found = []
+    for path in sorted(Path(run_dir).iterdir()):
+        match = _NAME.fullmatch(path.name)
+        if match and not match[2] and int(match[1]) > step and not _is_ours(path):
+            found.append(path)
+    return found
+
+
 def read_manifest(path: Path) -> dict[str, Any]:
     """The manifest of a checkpoint folder; ValueError when it is not one of ours or was altered."""
     manifest = json.loads((Path(path) / MANIFEST).read_text(encoding="utf-8"))

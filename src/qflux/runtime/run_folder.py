@@ -22,7 +22,7 @@ from qflux.errors import DONE, UserError
 from qflux.io import atomic
 from qflux.io.locks import hold
 from qflux.io.progress import say
-from qflux.runtime.checkpoint import MANIFEST, find_checkpoint, read_manifest, verify_checkpoint
+from qflux.runtime.checkpoint import MANIFEST, find_checkpoint, read_manifest, taken_names, verify_checkpoint
 from qflux.runtime.tracking import METRICS, trim_metrics
 
 FORMAT = 1
@@ -110,6 +110,9 @@ def open_run(
                 f"train.max_train_steps: found {config.train.max_train_steps}, but {checkpoint} is of step {step}; "
                 "raise it, or name an earlier checkpoint with --resume"
             )
+        taken = taken_names(folder, step)
+        if taken:
+            raise UserError(*(f"{path}: no checkpoint of this run (no {MANIFEST}); move it away" for path in taken))
         _prepare_metrics(folder, checkpoint, step)
         atomic.write_text(folder / "config.yaml", dump_config(config))
         record = _record(config, wanted, device, data, step, notes)

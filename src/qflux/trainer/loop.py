@@ -91,18 +91,27 @@ class FiniteWatch:
 
     def __init__(self, limit: int) -> None:
         self.limit, self.row = limit, 0
-        self._pending: tuple[Tensor, int, list[Batch]] | None = None
+        self._pending: tuple[Tensor, torch.cuda.Event | None, int, list[Batch]] | None = None
 
     def put(self, finite: Tensor, step: int, batches: list[Batch]) -> None:
         """Note the flag of ``step``, and judge the one before."""
         self.check()
-        self._pending = (finite.to("cpu", non_blocking=True), step, batches)
+        event = None
+        if finite.is_cuda:
+            # Only a copy into pinned memory leaves the host free.
+            host = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(finite, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+            finite = host
+        self._pending = (finite, event, step, batches)
 
     def check(self) -> None:
         """Judge the noted flag: name the step and its samples, stop after too many in a row."""
         if self._pending is None:
             return
-        (flag, step, batches), self._pending = self._pending, None
+        (flag, event, step, batches), self._pending = self._pending, None
+        if event is not None:
+            event.synchronize()
         if bool(flag):
             self.row = 0
             return

@@ -70,12 +70,15 @@ def _features() -> datasets.Features:
 
 def _with_columns(dataset: datasets.Dataset) -> datasets.Dataset:
     """The same rows under the standard names; pictures stay encoded on the way."""
-    if set(COLUMNS) <= set(dataset.column_names):
-        return dataset.select_columns(list(COLUMNS))
     with quiet_imports():
         import datasets
 
+        controls = dataset.features.get("control_images")
+        if set(COLUMNS) <= set(dataset.column_names) and isinstance(controls, datasets.List):
+            return dataset.select_columns(list(COLUMNS))
         columns = columns_of(dataset.column_names)
+        if columns.target is None:
+            raise UserError(f"found the columns {', '.join(dataset.column_names)}, expected {', '.join(COLUMNS)}")
         for name, feature in dataset.features.items():
             if isinstance(feature, datasets.Image):
                 dataset = dataset.cast_column(name, datasets.Image(decode=False))
