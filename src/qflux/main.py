@@ -14,7 +14,7 @@ from qflux.config import Config, load_config
 from qflux.errors import BUG, DONE, QfluxError, UserError
 from qflux.io.progress import say
 from qflux.runtime.signals import StopSignal, die_with_parent
-from qflux.trainer.early import early_problems
+from qflux.trainer.early import early_problems, validation_problems
 
 if TYPE_CHECKING:
     from qflux.trainer.base_trainer import BaseTrainer
@@ -62,8 +62,9 @@ def check(config: Config, trainer_class: type[BaseTrainer], args: argparse.Names
 
     out = args.out or Path(config.logging.output_dir) / config.logging.tracker_project_name
     report = check_data(config.data, trainer_class.family, out_dir=out, progress=not args.json)
-    report = replace(report, problems=(*early_problems(config), *report.problems))
-    print(report.to_json() if args.json else report.text())
+    others = [*early_problems(config), *validation_problems(config, trainer_class.family)]
+    report = replace(report, problems=tuple(dict.fromkeys([*others, *report.problems])))
+    say(report.to_json() if args.json else report.text())
     return DONE if report.ok else UserError.exit_code
 
 

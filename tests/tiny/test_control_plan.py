@@ -24,7 +24,7 @@ PROMPT = "make the circle red"
 def photo(tmp_path: Path) -> Path:
     pixels = np.random.default_rng(0).integers(0, 255, (90, 140, 3), dtype=np.uint8)
     path = tmp_path / "photo.png"
-    Image.fromarray(pixels).resize((405, 270))  # of the drawn aspect: nothing is cut.save(path)
+    Image.fromarray(pixels).resize((405, 270)).save(path)  # of the drawn aspect: nothing is cut
     return path
 
 

@@ -71,7 +71,14 @@ class EditDataset:
 
     def load(self, index: int) -> EditSample:
         """Sample ``index`` with its pixels, cut and resized. ``UserError`` where a picture is damaged."""
-        return load_sample(self.records[self.unique(index)], self.spec(index), self.background)
+        return self.load_unique(self.unique(index))
+
+    def load_unique(self, position: int) -> EditSample:
+        """As ``load``, by the position in ``records``."""
+        spec = self.specs[position]
+        if spec is None:
+            raise UserError(*self.problems)
+        return load_sample(self.records[position], spec, self.background)
 
     def fingerprint(self) -> str:
         """Digest of all that is learned from: pixels, captions, sizes and their order; no names and no paths."""

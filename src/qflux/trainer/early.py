@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from qflux.config import Config
+from qflux.data.dataset import sample_from_config, scan
 from qflux.errors import UserError
 from qflux.models.optimizers import optimizer_problems
 from qflux.models.schedules import schedule_problems
 from qflux.runtime.tracking import check_trackers
+from qflux.types import EditSample, Family, SampleSpec
 
 
 def early_problems(config: Config) -> list[str]:
@@ -16,6 +18,35 @@ def early_problems(config: Config) -> list[str]:
     problems += schedule_problems(train.lr_scheduler, train.optimizer.lr, train.max_train_steps)
     try:
         check_trackers(config.logging.report_to)
+    except UserError as error:
+        problems += error.problems
+    return problems
+
+
+def sample_name(number: int) -> str:
+    """Name of a validation sample and of its pictures."""
+    return f"sample-{number}"
+
+
+def read_samples(config: Config, family: Family) -> list[tuple[SampleSpec, EditSample]]:
+    """The pictures of ``logging.validation.samples``; UserError lists the problems of all of them."""
+    pairs, problems = [], []
+    for number, sample in enumerate(config.logging.validation.samples):
+        try:
+            pairs.append(sample_from_config(sample, config.data, family, sample_name(number)))
+        except UserError as error:
+            problems += error.problems
+    if problems:
+        raise UserError(*dict.fromkeys(problems))
+    return pairs
+
+
+def validation_problems(config: Config, family: Family) -> list[str]:
+    """What is wrong with the held-out set and the samples to draw."""
+    held_out = config.logging.validation.held_out
+    problems = list(scan(config.data, family, entries=held_out).problems) if held_out else []
+    try:
+        read_samples(config, family)
     except UserError as error:
         problems += error.problems
     return problems

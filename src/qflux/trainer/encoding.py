@@ -163,8 +163,8 @@ class SampleReader:
 
 
 def wanted_specs(trainer: BaseTrainer, dataset: EditDataset) -> list[SampleSpec]:
-    """Specs of every sample, and of each with the empty prompt where captions are dropped."""
-    specs = [dataset.spec(index) for index in range(len(dataset))]
+    """Specs of every sample once, and of each with the empty prompt where captions are dropped."""
+    specs = [spec for spec in dataset.specs if spec is not None]
     if trainer.config.data.caption_dropout_rate > 0:
         specs += [replace(spec, prompt="") for spec in specs]
     return specs
@@ -203,8 +203,8 @@ def cache_dataset(
 ) -> CacheReport:
     """Make or complete the cache of a data set."""
     specs = wanted_specs(trainer, dataset)
-    count = len(dataset)
-    return fill_cache(trainer, cache, specs, lambda i: dataset.load(i % count), verify=verify, stop=stop)
+    count = len(dataset.records)
+    return fill_cache(trainer, cache, specs, lambda i: dataset.load_unique(i % count), verify=verify, stop=stop)
 
 
 def ensure_cached(trainer: BaseTrainer, cache: CacheManager, dataset: EditDataset, stop: StopSignal) -> None:

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from qflux.data.dataset import sample_from_config
 from qflux.errors import UserError
 from qflux.io.progress import say
 from qflux.models import adapters
 from qflux.models.optimizers import eval_mode
 from qflux.runtime.checkpoint import find_checkpoint, verify_checkpoint
+from qflux.trainer.early import read_samples
 from qflux.trainer.encoding import cache_manager, digest_memo, fill_cache, text_stages
 from qflux.trainer.state import Weights
 from qflux.types import EditSample
@@ -35,10 +35,7 @@ TextSample = tuple[EditSample, dict[str, torch.Tensor]]
 
 def validation_samples(trainer: BaseTrainer, cache: CacheManager | None, stop: StopSignal) -> list[TextSample]:
     """The config's validation samples with their encoded text (from the cache where there is one)."""
-    pairs = [
-        sample_from_config(sample, trainer.config.data, trainer.family, f"sample-{i}")
-        for i, sample in enumerate(trainer.config.logging.validation.samples)
-    ]
+    pairs = read_samples(trainer.config, trainer.family)
     if cache is None:
         samples = [sample for _, sample in pairs]
         return list(zip(samples, encode_texts(trainer, samples), strict=True))

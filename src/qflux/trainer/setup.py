@@ -23,6 +23,7 @@ from qflux.models.loading import model_identity, read_config
 from qflux.models.optimizers import make_optimizer
 from qflux.models.schedules import make_schedule
 from qflux.parallel.placement import Placement
+from qflux.trainer.early import read_samples
 from qflux.trainer.state import Weights
 from qflux.types import TrainState
 
@@ -31,10 +32,14 @@ if TYPE_CHECKING:
 
 
 def open_datasets(trainer: BaseTrainer, memo: DigestMemo) -> list[EditDataset]:
-    """The training set and, where the config names one, the held-out set; all problems of both at once."""
+    """The training set and, where the config names one, the held-out set; all problems of both and of the samples."""
     data, held_out = trainer.config.data, trainer.config.logging.validation.held_out
     sets: list[EditDataset] = []
     problems: list[str] = []
+    try:
+        read_samples(trainer.config, trainer.family)
+    except UserError as error:
+        problems += error.problems
     for entries in [None, *([held_out] if held_out else [])]:
         try:
             sets.append(open_dataset(data, trainer.family, entries=entries, memo=memo))
