@@ -37,6 +37,7 @@ VAE_STEPS, VAE_BATCH, VAE_RATE, VAE_WARMUP, VAE_KL, VAE_SEED = 3200, 16, 8e-4, 5
 REFINE_STEPS, REFINE_RATE = 1600, 6e-4  # the decoder alone, on latents that no longer move
 MIXED = 2  # decoded colour mixtures a step
 HELD_OUT_SEED = 990
+STEPS = (4000, 8000)  # the run was ended and continued: the cosine falls to zero at 4000, and again from half at 8000
 
 PAIRS, PAIRS_SEED, HELD_OUT_PAIRS, INIT_SEED = 8000, 0, 64, 0
 RUN = """\
@@ -302,7 +303,8 @@ def run_stage(stage: str, work: Path) -> None:
         write_run(work)
     elif stage == "transformer":
         command = [sys.executable, "-m", "qflux.main", "--config", str(work / "config.yaml"), "--resume", "auto"]
-        subprocess.run(command, check=True)
+        for steps in STEPS:
+            subprocess.run([*command, f"train.max_train_steps={steps}"], check=True)
     else:
         publish_transformer(work)
 

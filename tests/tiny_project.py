@@ -41,7 +41,7 @@ OUR_LINES = [
     r"resumed from checkpoint-\d{6}",
     r"checkpoint-\d{6} is damaged and is not used: .+",
     r"drawing \d+ samples with (\S+|the bare model) into \S+",
-    r"step \d+: loss or gradient is not finite, its update was left out; samples \[[\d, ]+\]",
+    r"step \d+: loss or gradient is not finite, its update was left out; samples .+",
     r"sampling: stopped by \w+: .+; training goes on",
     r"\S+: .+; encoding it again",
     r"SIG(TERM|INT): stopping in good order; once more stops at once",

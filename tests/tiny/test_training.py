@@ -221,9 +221,9 @@ def test_non_finite_loss_is_left_out(project: Project, monkeypatch: pytest.Monke
     assert [loss is None for loss in column(run, "loss")] == [False, True, False, False]
     line = next(line for line in done.out.splitlines() if "not finite" in line)
     assert line.startswith("step 2: ")
-    indices = sorted(int(word) for word in line.partition("[")[2].rstrip("]").split(","))
-    assert len(indices) == 4
-    assert set(indices) <= set(range(12))
+    names = line.partition("samples ")[2].split(", ")
+    assert len(set(names)) == 4
+    assert set(names) <= {path.stem for path in project.data.square.glob("training_images/*.txt")}
 
 
 def test_too_many_non_finite_steps_stop_the_run(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -311,9 +311,15 @@ def _adapter_parameters(layer: Any) -> Iterator[tuple[nn.Module, str, nn.Paramet
             yield from ((owner, name, param) for name, param in list(owner._parameters.items()) if param is not None)
 
 
+def _own_memory(model: nn.Module) -> None:
+    """Take parameters out of a mapped file: there they may lie unaligned, and CPU kernels round otherwise then."""
+    for param in model.parameters():
+        param.data = param.data.clone()
+
+
 def prepare_full(model: nn.Module) -> list[str]:
     """Train every parameter of the network, in fp32; returns their names, sorted."""
-    model.to(torch.float32).requires_grad_(True)
+    _own_memory(model.to(torch.float32).requires_grad_(True))
     return sorted(name for name, _ in model.named_parameters())
 
 
@@ -330,4 +336,5 @@ def save_full(folder: Path, model: Any, component: str = "transformer") -> Path:
 
 def load_full(folder: Path, model: Any, component: str = "transformer") -> None:
     """Put the weights that ``save_full`` wrote back into the network, all of them."""
+    _own_memory(model)
     model.load_state_dict(load_tensors(folder / component / FULL_WEIGHTS_FILE), strict=True)

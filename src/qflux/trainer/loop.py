@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -89,8 +90,8 @@ class Run:
 class FiniteWatch:
     """Reads the finite-loss flag of a step one step later, so that no step waits for the device."""
 
-    def __init__(self, limit: int) -> None:
-        self.limit, self.row = limit, 0
+    def __init__(self, limit: int, name: Callable[[int], str]) -> None:
+        self.limit, self.name, self.row = limit, name, 0
         self._pending: tuple[Tensor, torch.cuda.Event | None, int, list[Batch]] | None = None
 
     def put(self, finite: Tensor, step: int, batches: list[Batch]) -> None:
@@ -116,8 +117,8 @@ class FiniteWatch:
             self.row = 0
             return
         self.row += 1
-        indices = sorted({index for batch in batches for index in batch.index})
-        say(f"step {step}: loss or gradient is not finite, its update was left out; samples {indices}")
+        names = sorted({self.name(index) for batch in batches for index in batch.index})
+        say(f"step {step}: loss or gradient is not finite, its update was left out; samples {', '.join(names)}")
         if self.row > self.limit:
             raise RunStopped(
                 f"train.max_skipped_steps: {self.row} steps in a row were not finite, allowed {self.limit}; lower "
@@ -213,7 +214,8 @@ def build_run(trainer: BaseTrainer, opened: Opened, stop: StopSignal) -> Run:
         trainer, place, folder, datasets[0], reader,
         setup.make_order(trainer, datasets[0], place, weights.state.batch), model, weights, shift,
         Tracker(folder.path, config, place.main, weights.state.step), validation, stop, opened.identity,
-        FiniteWatch(config.train.max_skipped_steps), saved=weights.state.step if folder.checkpoint else -1,
+        FiniteWatch(config.train.max_skipped_steps, lambda index: datasets[0].spec(index).id),
+        saved=weights.state.step if folder.checkpoint else -1,
     )  # fmt: skip
 
 
@@ -223,8 +225,11 @@ def _train(run: Run) -> None:
     total, every = config.train.max_train_steps, config.logging.validation.steps
     workers = 0 if run.reader.cache is None else config.data.num_workers
     steps = islice(run.order.steps(state.step), max(0, total - state.step))
-    if state.step == 0 and every and not run.stop.asked:
-        run.validate()
+    if every and not run.stop.asked:
+        if state.step == 0:
+            run.validate()
+        elif state.step % every == 0 or state.step == total:
+            run.validation.complete(run.weights, run.tracker, run.folder.path)
     with Progress(total, "training", "step", enabled=run.place.main, done=state.step) as bar:
         for step, batches in feed(steps, run.reader.read, workers):
             if run.place.any(run.stop.asked):
@@ -246,9 +251,8 @@ def _train(run: Run) -> None:
                 run.save()
     if run.saved != state.step and state.step > 0:
         run.save()
-    if state.step < total:
-        number = run.stop.number or 15
-        raise Interrupted(number, f"interrupted at step {state.step} of {total}; go on with --resume auto")
+    if run.stop.number is not None:
+        raise Interrupted(run.stop.number, f"interrupted at step {state.step} of {total}; go on with --resume auto")
 
 
 def optimizer_step(run: Run, step: Step, batches: list[Batch]) -> tuple[Tensor, Tensor, Tensor]:

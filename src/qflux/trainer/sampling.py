@@ -73,7 +73,12 @@ class Validation:
         held_out = None if reader is None else HeldOut(trainer, reader.read, len(reader.dataset), Shift.of(trainer))
         return cls(trainer, make_sampler(trainer, samples) if samples else None, held_out, stop)
 
-    def run(self, weights: Weights, tracker: Tracker, folder: Path) -> None:
+    def complete(self, weights: Weights, tracker: Tracker, folder: Path) -> None:
+        """Draw the pictures of the resumed step if a stop kept them from being drawn; its loss is measured already."""
+        if not (folder / "samples" / f"step-{weights.state.step:06d}" / "sheet.png").is_file():
+            self.run(weights, tracker, folder, measure=False)
+
+    def run(self, weights: Weights, tracker: Tracker, folder: Path, measure: bool = True) -> None:
         """Draw and measure with the weights users will get: EMA or averaged ones when on, rounded as loaders round."""
         step = weights.state.step
         with ExitStack() as stack:
@@ -81,7 +86,7 @@ class Validation:
             if weights.ema is not None:
                 stack.enter_context(weights.ema.swapped())
             stack.enter_context(adapters.rounded_copy(weights.model, self.trainer.dtype))
-            if self.held_out is not None and (measured := self.held_out.measure(weights.model)):
+            if measure and self.held_out is not None and (measured := self.held_out.measure(weights.model)):
                 tracker.log_held_out(step, *measured)
             if self.sampler is not None:
                 out = folder / "samples" / f"step-{step:06d}"

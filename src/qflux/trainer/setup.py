@@ -119,12 +119,20 @@ def make_order(trainer: BaseTrainer, dataset: EditDataset, place: Placement, bat
     )
 
 
+def _set_attention(model: Any, backend: str) -> None:
+    try:
+        model.set_attention_backend(backend)
+    except (ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"train.attention_backend: found {backend!r}, which cannot be used here: {reason}") from error
+
+
 def make_weights(trainer: BaseTrainer, place: Placement, batch: int) -> tuple[torch.nn.Module, Weights]:
     """The wrapped network that is called, and everything of it that training changes."""
     config = trainer.config
     model = trainer.load(trainer.family.denoiser)
     if config.train.attention_backend != "native":
-        model.set_attention_backend(config.train.attention_backend)
+        _set_attention(model, config.train.attention_backend)
     if config.model.lora is None:
         adapters.prepare_full(model)
         # Under autocast a norm with fp32 weights takes torch's plain kernel; that is meant, and torch warns of it.
