@@ -115,10 +115,6 @@ except Exception as error:
 run_demo() {
     "$venv/bin/python" -m qflux.demo flux_kontext demo_run
     "$venv/bin/python" -m qflux.demo run demo_run
-    local report
-    report=$(find demo_run -name report.html -exec ls -t {} + | sed -n 1p)
-    [ -n "$report" ] || { echo "setup.sh: the demo wrote no report.html below demo_run" >&2 && return 1; }
-    echo "report: $checkout/$report"
 }
 
 run_tests() { # two processes with one thread each; subprocesses are measured too ([tool.coverage.run])

@@ -5,7 +5,9 @@
 vae          trains the VAE in a plain loop (qflux trains no VAEs) and writes it with random text encoders
 data         writes the pretraining pairs, the base folder (random transformer) and the run's config
 transformer  runs ``python -m qflux.main`` on that config: a full fine-tune of the whole transformer
-publish      copies the trained transformer into the package
+publish      copies the newest run's transformer into the package, its curve and its last pictures into docs/demo
+
+The VAE sees black and white pictures too; only the transformer's pretraining holds no black-and-white answer.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from PIL import Image
 from qflux.demo import shapes, tiny_models
 from qflux.io.atomic import write_text
 from qflux.io.quiet import quiet_imports
+from qflux.runtime.tracking import METRICS, read_metrics
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -37,9 +40,20 @@ VAE_STEPS, VAE_BATCH, VAE_RATE, VAE_WARMUP, VAE_KL, VAE_SEED = 3200, 16, 8e-4, 5
 REFINE_STEPS, REFINE_RATE = 1600, 6e-4  # the decoder alone, on latents that no longer move
 MIXED = 2  # decoded colour mixtures a step
 HELD_OUT_SEED = 990
-STEPS = (4000, 8000)  # the run was ended and continued: the cosine falls to zero at 4000, and again from half at 8000
+# The run was ended and continued: the cosine falls to zero at 4000, and again from half at 8000. The model in the
+# package was trained on two threads up to 4000, on one thread of a machine busy with other work after that.
+STEPS = (4000, 8000)
 
 PAIRS, PAIRS_SEED, HELD_OUT_PAIRS, INIT_SEED = 8000, 0, 64, 0
+LOG_EVERY = 200  # steps between two lines of the published log
+LOG_HEADER = f"""\
+Pretraining of the demo's transformer by qflux: full fine-tune from random weights,
+scripts/pretrain_demo.py --stage transformer. {PAIRS} pairs, batch 32, COUNT M parameters, weights fp32, computed in
+bf16. The run was ended at step {STEPS[0]} (its cosine at zero) and continued with --resume auto
+train.max_train_steps={STEPS[1]} (cosine again from half the rate).
+
+step   epoch   loss      grad_norm  lr          held-out loss  by sigma 0.1 / 0.3 / 0.5 / 0.7 / 0.9
+"""
 RUN = """\
 model:
   pretrained_model_name_or_path: base
@@ -151,7 +165,8 @@ def vae_loss(vae: AutoencoderKL, geometry: Geometry) -> tuple[Tensor, Tensor, Te
     """Loss, reconstruction error and KL of one batch.
 
     Half the batch repeats the other half's arrangements in other colours; latents mixed between the two must decode
-    to the mixed colours. So colours lie on straight lines in latent space, and unseen ones (white, black) are near.
+    to the mixed colours. So colours lie on straight lines in latent space, and mixtures that are no picture's colours
+    decode too.
     """
     import torch
 
@@ -272,18 +287,50 @@ def write_run(work: Path) -> None:
     write_text(work / "config.yaml", RUN.replace("SAMPLES\n", "".join(lines)))
 
 
+def newest_run(work: Path) -> Path:
+    """The run folder with the highest number."""
+    runs = sorted((work / "runs" / "pretrain").glob("v*"), key=lambda folder: int(folder.name[1:]))
+    if not runs:
+        raise SystemExit(f"no run under {work / 'runs'}; run the stage transformer first")
+    return runs[-1]
+
+
+def publish_record(run: Path, parameters: int) -> None:
+    """Write the run's losses, and its last sheet of pictures at half size, to the docs."""
+    rows = read_metrics(run / METRICS)
+    held_out = {row["step"]: row for row in rows if "val_loss" in row}
+    lines = []
+    for row in rows:
+        if "loss" not in row or row["step"] % LOG_EVERY:
+            continue
+        line = f"{row['step']:5d}  {row['epoch']:6.2f}  {row['loss']:.4f}    {row['grad_norm']:.4f}     {row['lr']:.3e}"
+        if measured := held_out.get(row["step"]):
+            by_sigma = " / ".join(f"{loss:.4f}" for loss in measured["val_loss_sigma"].values())
+            line += f"   {measured['val_loss']:.4f}         {by_sigma}"
+        lines.append(line + "\n")
+    write_text(DOCS / "pretrain_log.txt", LOG_HEADER.replace("COUNT", f"{parameters / 1e6:.2f}") + "".join(lines))
+    sheets = sorted((run / "samples").glob("step-*/sheet.png"), key=lambda sheet: int(sheet.parent.name[5:]))
+    if not sheets:
+        raise SystemExit(f"no sheet.png under {run / 'samples'}; run the stage transformer to its end")
+    sheet = Image.open(sheets[-1]).convert("RGB")
+    half = sheet.resize((sheet.width // 2, sheet.height // 2), Image.Resampling.LANCZOS)
+    half.save(DOCS / "pretrain.png", optimize=True)
+
+
 def publish_transformer(work: Path) -> None:
-    """Copy the newest checkpoint's averaged transformer into the package, rounded to bf16."""
+    """Copy the newest run's last averaged transformer, rounded to bf16, into the package, its record into the docs."""
     with quiet_imports():
         import torch
         from diffusers import FluxTransformer2DModel
-    runs = sorted((work / "runs" / "pretrain").glob("v*/checkpoint-*/ema"), key=lambda folder: folder.stat().st_mtime)
-    if not runs:
-        raise SystemExit(f"no averaged checkpoint under {work / 'runs'}; run the stage transformer first")
-    transformer = FluxTransformer2DModel.from_pretrained(runs[-1] / "transformer")
+    run = newest_run(work)
+    averaged = sorted(run.glob("checkpoint-*/ema"), key=lambda folder: int(folder.parent.name[11:]))
+    if not averaged:
+        raise SystemExit(f"no averaged checkpoint under {run}; run the stage transformer to its end")
+    transformer = FluxTransformer2DModel.from_pretrained(averaged[-1] / "transformer")
     transformer.to(torch.bfloat16).save_pretrained(tiny_models.PRETRAINED / "transformer")
     tiny_models.forget_origin(tiny_models.PRETRAINED)
-    print(f"published {runs[-1]}", flush=True)
+    publish_record(run, sum(weight.numel() for weight in transformer.parameters()))
+    print(f"published {averaged[-1]}", flush=True)
 
 
 def run_stage(stage: str, work: Path) -> None:

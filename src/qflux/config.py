@@ -12,13 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BeforeValidator,
-    Field,
-    ValidationInfo,
-    WrapValidator,
-    field_validator,
-)
+from pydantic import BeforeValidator, Field, ValidationInfo, WrapValidator, field_validator
 from pydantic_core import PydanticCustomError
 
 from qflux.config_values import (
@@ -209,7 +203,9 @@ class SigmaConfig(Section):
     ] = Field(
         default="none", description="moves sigma towards noise: a factor, or auto = by image size as the pipeline does"
     )
-    logit_mean: Number = Field(default=0.0, description="mean of logit(sigma) for logit_normal")
+    logit_mean: Number = Field(
+        default=0.0, description="mean of logit(1 - sigma), as in diffusers' scripts: positive = less noise"
+    )
     logit_std: AboveZero = Field(default=1.0, description="standard deviation of logit(sigma) for logit_normal")
     mode_scale: Number = Field(default=1.29, description="scale of the mode density")
     weighting: Literal["none", "sigma_sqrt", "cosmap"] = Field(
@@ -235,7 +231,9 @@ class TrainConfig(Section):
         BeforeValidator(checkpointing, json_schema_input_type=bool | Literal["none", "full"]),
     ] = Field(default="none", description="recompute activations to save memory: false = none, true = full")
     mixed_precision: Literal["no", "bf16", "fp16"] = Field(
-        default="bf16", description="dtype of the frozen base (no = fp32); adapters are fp32"
+        default="bf16",
+        description="dtype of the frozen base (no = fp32); adapters are fp32. With lora: null weights stay fp32 and the "
+        "step computes in it",
     )
     attention_backend: Text = Field(
         default="native", description="attention kernel, a name of diffusers' attention dispatcher"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,7 +15,7 @@ from qflux.config import Config, load_config
 from qflux.errors import BUG, DONE, QfluxError, UserError
 from qflux.io.progress import say
 from qflux.runtime.signals import StopSignal, die_with_parent
-from qflux.trainer.early import early_problems, validation_problems
+from qflux.trainer.early import NO_MASKS, data_problems, early_problems, validation_problems
 
 if TYPE_CHECKING:
     from qflux.trainer.base_trainer import BaseTrainer
@@ -53,6 +54,15 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     bad = [word for word in args.overrides if "=" not in word]
     if bad:
         parser.error(f"found {' '.join(bad)}, expected overrides of the form key.path=value")
+    training = not (args.cache or args.sample or args.check)
+    for given, fits, where in (
+        (args.checkpoint, args.sample, "--checkpoint goes with --sample"),
+        (args.out, args.sample or args.check, "--out goes with --sample or --check"),
+        (args.json, args.check, "--json goes with --check"),
+        (args.resume, training, "--resume goes with training"),
+    ):
+        if given and not fits:
+            parser.error(where)
     return args
 
 
@@ -63,7 +73,8 @@ def check(config: Config, trainer_class: type[BaseTrainer], args: argparse.Names
     out = args.out or Path(config.logging.output_dir) / config.logging.tracker_project_name
     report = check_data(config.data, trainer_class.family, out_dir=out, progress=not args.json)
     others = [*early_problems(config), *validation_problems(config, trainer_class.family)]
-    report = replace(report, problems=tuple(dict.fromkeys([*others, *report.problems])))
+    notes = (*report.notes, *([NO_MASKS] if config.train.loss.mask_loss and not report.masks else []))
+    report = replace(report, problems=tuple(dict.fromkeys([*others, *report.problems])), notes=notes)
     say(report.to_json() if args.json else report.text())
     return DONE if report.ok else UserError.exit_code
 
@@ -75,6 +86,8 @@ def run(args: argparse.Namespace, stop: StopSignal) -> int:
     if args.check:
         return check(config, trainer_class, args)
     problems = early_problems(config)
+    if not args.sample:
+        problems += data_problems(config, trainer_class.family)
     if problems:
         raise UserError(*problems)
     from qflux.models.loading import resolve_model, torch_dtype
@@ -102,8 +115,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run and turn expected failures into one line and an exit code."""
     die_with_parent()
     args = parse(argv)
+    stop = StopSignal()
     try:
-        with StopSignal() as stop:
+        if args.check:  # nothing to save: a signal ends it at once
+            return run(args, stop)
+        with stop:
             return run(args, stop)
     except QfluxError as error:
         for line in str(error).splitlines():
@@ -111,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.exit_code
     except KeyboardInterrupt:
         say("interrupted at once")
-        return 130
+        return 128 + (stop.number or signal.SIGINT)
     except Exception:
         import traceback
 

@@ -65,6 +65,12 @@ def test_sigmas_belong_to_samples_not_to_batches(sampling):
     assert 0.4 < many.mean() < 0.6
 
 
+def test_a_positive_logit_mean_is_less_noise():
+    config = sigma_config(sampling="logit_normal", logit_mean=1.0)
+    sigmas = draw_sigmas(config, batch_of([(0, i) for i in range(300)]), 7, 1.0)
+    assert torch.logit(sigmas).mean() == pytest.approx(-1.0, abs=0.2)
+
+
 def test_noise_belongs_to_samples():
     positions = [(0, 4), (2, 9)]
     assert torch.equal(draw_noise(batch_of(positions), 7)[1], draw_noise(batch_of([(2, 9)]), 7)[0])

@@ -44,19 +44,18 @@ def collate(samples: Sequence[EncodedSample], positions: Sequence[tuple[int, int
     )
 
 
+def move(tensor: Tensor, device: torch.device) -> Tensor:
+    """A CPU tensor on ``device``; from pinned memory, so that the host does not wait for the device."""
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+
+
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """The batch on ``device``; copies do not wait for it."""
-    if device.type == "cpu":
-        return batch
-
-    def move(tensor: Tensor) -> Tensor:
-        return tensor.pin_memory().to(device, non_blocking=True)
-
     return Batch(
-        target=move(batch.target),
-        controls=[move(control) for control in batch.controls],
-        text={name: move(tensor) for name, tensor in batch.text.items()},
-        edit_mask=None if batch.edit_mask is None else move(batch.edit_mask),
+        target=move(batch.target, device),
+        controls=[move(control, device) for control in batch.controls],
+        text={name: move(tensor, device) for name, tensor in batch.text.items()},
+        edit_mask=None if batch.edit_mask is None else move(batch.edit_mask, device),
         sizes=batch.sizes,
         index=batch.index,
         epoch=batch.epoch,

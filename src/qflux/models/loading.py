@@ -181,3 +181,15 @@ def read_config(folder: Path, component: str) -> dict[str, Any]:
         if path.is_file():
             return json.loads(path.read_text(encoding="utf-8"))
     raise UserError(f"{folder / component}: found neither {' nor '.join(names)}; {KEY} must name a diffusers folder")
+
+
+def meta_module(folder: Path, component: str) -> torch.nn.Module | None:
+    """A component's structure without weights; None where its class is not one of diffusers'."""
+    with quiet_imports():
+        import diffusers
+    config = read_config(folder, component)
+    cls = getattr(diffusers, str(config.get("_class_name")), None)
+    if cls is None:
+        return None
+    with _no_bars(), torch.device("meta"):
+        return cls.from_config(config)

@@ -77,13 +77,3 @@ class Placement:
         if self.processes == 1:
             return flag
         return bool(self._accelerator.reduce(torch.tensor(float(flag), device=self.device), "sum").item())
-
-    def barrier(self) -> None:
-        """Wait for all processes."""
-        self._accelerator.wait_for_everyone()
-
-    @contextmanager
-    def main_first(self) -> Iterator[None]:
-        """The main process runs the block before the others do."""
-        with self._accelerator.main_process_first():
-            yield

@@ -19,8 +19,9 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qflux.config import Config, load_config
+from qflux.config import Config, LoraConfig, load_config
 from qflux.config_values import DatasetEntry
+from qflux.data.cache_manager import CacheManager
 from qflux.data.dataset import EditDataset, open_dataset
 from qflux.errors import DONE, QfluxError, UserError
 from qflux.io.atomic import write_json, write_text
@@ -32,7 +33,7 @@ from qflux.runtime.checkpoint import find_checkpoint, verify_checkpoint
 from qflux.trainer.encoding import SampleReader, cache_manager, digest_memo, fill_cache
 from qflux.trainer.sampling import load_trained
 from qflux.trainer.setup import Shift
-from qflux.validation.comparison import METRICS, answers, save_pictures, summary, text_table
+from qflux.validation.comparison import METRICS, answers, encode_texts, save_pictures, summary, text_table
 from qflux.validation.held_out import HeldOut
 
 if TYPE_CHECKING:
@@ -149,12 +150,16 @@ def _weights_of(word: str, problems: list[str]) -> Path | None:
 def _with_adapter(config: Config, weights: Path) -> Config:
     """The borrowed config with the rank, alpha and targets that a lone adapter file names."""
     file = weights if weights.is_file() else weights / adapters.WEIGHTS_FILE
+    if not file.is_file():
+        raise UserError(
+            f"--compare: {weights} has no adapter and no run's config.yaml above it; name the run it is from"
+        )
     text = read_metadata(file).get(adapters.METADATA_KEY)
-    if text is None or config.model.lora is None:
+    if text is None:
         return config
     saved = {key.rpartition(".")[2]: value for key, value in json.loads(text).items()}
     targets = saved["target_modules"]
-    lora = config.model.lora.model_copy(
+    lora = (config.model.lora or LoraConfig()).model_copy(
         update={
             "r": saved["r"],
             "lora_alpha": saved["lora_alpha"],
@@ -196,10 +201,12 @@ def _measure(
     trainer = _trainer(side, trainers)
     dataset = open_dataset(trainer.config.data, trainer.family, entries=entries, memo=digest_memo(trainer))
     count = min(count, len(dataset))
-    model = _network(trainer, side.weights).to(trainer.device)
-    losses = _losses(trainer, model, dataset, count)
     samples = [dataset.load(index) for index in range(count)]
-    pictures, seconds = answers(trainer, model, samples, f"drawing {Path(side.word).name}")
+    # Encoders first: they are gone again before the network comes to the device.
+    texts, cache = encode_texts(trainer, samples), _filled_cache(trainer, dataset, count)
+    model = _network(trainer, side.weights).to(trainer.device)
+    losses = _losses(trainer, model, dataset, cache, count)
+    pictures, seconds = answers(trainer, model, samples, texts, f"drawing {Path(side.word).name}")
     free(model)
     return {**losses, **summary(samples, pictures, seconds)}, pictures, samples
 
@@ -230,12 +237,16 @@ def _network(trainer: Any, weights: Path | None) -> Any:
     return model
 
 
-def _losses(trainer: Any, model: Any, dataset: EditDataset, count: int) -> dict[str, Any]:
+def _filled_cache(trainer: Any, dataset: EditDataset, count: int) -> CacheManager | None:
+    if not trainer.config.cache.use_cache:
+        return None
+    cache = cache_manager(trainer, digest_memo(trainer))
+    fill_cache(trainer, cache, [dataset.spec(index) for index in range(count)], dataset.load)
+    return cache
+
+
+def _losses(trainer: Any, model: Any, dataset: EditDataset, cache: CacheManager | None, count: int) -> dict[str, Any]:
     """Held-out loss, and the same for each noise level; None where it cannot be measured."""
-    cache = None
-    if trainer.config.cache.use_cache:
-        cache = cache_manager(trainer, digest_memo(trainer))
-        fill_cache(trainer, cache, [dataset.spec(index) for index in range(count)], dataset.load)
     reader = SampleReader(trainer, dataset, cache)
     held_out = HeldOut(trainer, reader.read, count, Shift.of(trainer))
     held_out.count = count

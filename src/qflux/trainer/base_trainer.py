@@ -94,11 +94,13 @@ class BaseTrainer(ABC):
         """Loss of each sample of one micro-batch, ``[B]`` fp32: noise → predict → loss."""
         import torch
 
+        from qflux.data.feeder import move
         from qflux.loss.flow_matching import add_noise, draw_noise, draw_sigmas, flow_matching_loss
 
         train = self.config.train
-        sigma = draw_sigmas(train.sigma, batch, seed, shift).to(batch.target.device)
-        noised = add_noise(batch.target, draw_noise(batch, seed).to(batch.target.device), sigma)
+        device = batch.target.device
+        sigma = move(draw_sigmas(train.sigma, batch, seed, shift), device)
+        noised = add_noise(batch.target, move(draw_noise(batch, seed), device), sigma)
         # Adapters work beside a base of one dtype; full training keeps fp32 weights and computes in the lower dtype.
         lower = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(train.mixed_precision)
         full = self.config.model.lora is None and lower is not None

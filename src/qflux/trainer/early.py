@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from qflux.config import Config
 from qflux.data.dataset import sample_from_config, scan
 from qflux.errors import UserError
+from qflux.io.digests import DigestMemo
 from qflux.models.optimizers import optimizer_problems
 from qflux.models.schedules import schedule_problems
 from qflux.runtime.tracking import check_trackers
 from qflux.types import EditSample, Family, SampleSpec
+
+NO_MASKS = "train.loss.mask_loss is on, but no sample has a mask: every position weighs the same"
 
 
 def early_problems(config: Config) -> list[str]:
@@ -41,10 +46,21 @@ def read_samples(config: Config, family: Family) -> list[tuple[SampleSpec, EditS
     return pairs
 
 
+def memo_of(config: Config) -> DigestMemo:
+    """Digests of files already read, kept beside the cache."""
+    return DigestMemo(Path(config.cache.cache_dir) / "digests.json")
+
+
+def data_problems(config: Config, family: Family) -> list[str]:
+    """What is wrong with the data set, the held-out set and the samples to draw."""
+    problems = scan(config.data, family, memo=memo_of(config)).problems
+    return list(dict.fromkeys([*problems, *validation_problems(config, family)]))
+
+
 def validation_problems(config: Config, family: Family) -> list[str]:
     """What is wrong with the held-out set and the samples to draw."""
     held_out = config.logging.validation.held_out
-    problems = list(scan(config.data, family, entries=held_out).problems) if held_out else []
+    problems = list(scan(config.data, family, entries=held_out, memo=memo_of(config)).problems) if held_out else []
     try:
         read_samples(config, family)
     except UserError as error:

@@ -18,6 +18,7 @@ from qflux.io.progress import say
 from qflux.loss.edit_mask_loss import mask_to_grid
 from qflux.models.loading import component_identity, free
 from qflux.randomness import Purpose, generator, uniform
+from qflux.trainer.early import memo_of
 from qflux.types import EditSample, EncodedSample, EncodeStage, SampleSpec
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ def cache_root(trainer: BaseTrainer) -> Path:
 
 def digest_memo(trainer: BaseTrainer) -> DigestMemo:
     """Digests of files already read, kept beside the cache."""
-    return DigestMemo(cache_root(trainer) / "digests.json")
+    return memo_of(trainer.config)
 
 
 def cache_manager(trainer: BaseTrainer, memo: DigestMemo) -> CacheManager:

@@ -116,6 +116,8 @@ class FluxKontextTrainer(BaseTrainer):
         """See BaseTrainer; tokens are 2×2 patches of the target's latents followed by those of each control."""
         import torch
 
+        from qflux.data.feeder import move
+
         text, dtype = batch.text["prompt_embeds"], batch.text["prompt_embeds"].dtype
         tokens = [pack(noised.x_t.to(dtype)), *(pack(control) for control in batch.controls)]
         ids = [position_ids(latents.shape, index) for index, latents in enumerate([noised.x_t, *batch.controls])]
@@ -128,7 +130,7 @@ class FluxKontextTrainer(BaseTrainer):
             pooled_projections=batch.text["pooled_prompt_embeds"],
             encoder_hidden_states=text,
             txt_ids=torch.zeros(text.shape[1], 3, device=text.device, dtype=dtype),
-            img_ids=torch.cat(ids).to(text.device, dtype),
+            img_ids=move(torch.cat(ids).to(dtype), text.device),
             joint_attention_kwargs={},
             return_dict=False,
         )[0]

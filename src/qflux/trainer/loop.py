@@ -27,6 +27,7 @@ from qflux.runtime.run_folder import RunFolder, open_run
 from qflux.runtime.signals import StopSignal
 from qflux.runtime.tracking import Tracker
 from qflux.trainer import setup
+from qflux.trainer.early import NO_MASKS
 from qflux.trainer.encoding import SampleReader, digest_memo, ensure_cached
 from qflux.trainer.sampling import Validation
 from qflux.trainer.state import Weights, read_weights, write_weights
@@ -37,8 +38,8 @@ if TYPE_CHECKING:
 
 
 OUT_OF_MEMORY = (
-    "lower data.batch_size and raise train.gradient_accumulation_steps, set train.gradient_checkpointing: full, or "
-    "lower data.target_size; go on with --resume auto"
+    "lower data.batch_size and raise train.gradient_accumulation_steps, or set train.gradient_checkpointing: full, and "
+    "go on with --resume auto; smaller pictures (data.target_size) need a new run"
 )
 SIZED_BY_CONFIG = (
     "data.control_plan: config sized the controls; the official pipeline resizes controls by its own rule: give "
@@ -146,8 +147,11 @@ def open_training(trainer: BaseTrainer, resume: str | None) -> Opened:
             "accelerate_configs/single.yaml"
         )
     trainer.device = place.device
+    setup.check_targets(trainer)
     memo = digest_memo(trainer)
     datasets = setup.open_datasets(trainer, memo)
+    if trainer.config.train.loss.mask_loss and not any(spec and spec.mask for spec in datasets[0].specs):
+        say(NO_MASKS)
     identity = setup.run_identity(trainer, datasets[0], memo, setup.samples_per_step(trainer, place.processes))
     memo.save()
     notes = [SIZED_BY_CONFIG] if trainer.config.data.control_plan == "config" else []
@@ -167,14 +171,16 @@ def fit(trainer: BaseTrainer, stop: StopSignal, resume: str | None) -> None:
         run = build_run(trainer, opened, stop)
         _train(run)
         code, reason = DONE, "done"
-    except torch.OutOfMemoryError as error:
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if not _out_of_memory(error):
+            raise
         code, reason = RunStopped.exit_code, f"out of memory: {error}".splitlines()[0]
         raise RunStopped(f"{reason}; {OUT_OF_MEMORY}") from error
     except QfluxError as error:
         code, reason = error.exit_code, str(error)
         raise
     except KeyboardInterrupt:
-        code, reason = 128 + signal.SIGINT, "interrupted twice"
+        code, reason = 128 + (stop.number or signal.SIGINT), "interrupted twice"
         raise
     finally:
         if run is not None:
@@ -182,6 +188,11 @@ def fit(trainer: BaseTrainer, stop: StopSignal, resume: str | None) -> None:
         folder.finish(code, reason, folder.step if run is None else run.weights.state.step)
         if run is not None:
             _report(folder.path)
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed; the CPU's allocator says so only in words."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def _report(folder: Path) -> None:
@@ -231,24 +242,28 @@ def _train(run: Run) -> None:
         elif state.step % every == 0 or state.step == total:
             run.validation.complete(run.weights, run.tracker, run.folder.path)
     with Progress(total, "training", "step", enabled=run.place.main, done=state.step) as bar:
+        began, logged = time.perf_counter(), state.samples
         for step, batches in feed(steps, run.reader.read, workers):
             if run.place.any(run.stop.asked):
                 break
-            began = time.perf_counter()
             learning_rate = run.weights.schedule.lr()
             loss, norm, finite = optimizer_step(run, step, batches)
             state.step, state.samples = state.step + 1, state.samples + state.batch
             run.skips.put(finite, state.step, batches)
             if state.step % config.logging.logging_steps == 0 or state.step == total:
-                values = _metrics(run, loss, norm, finite, learning_rate, time.perf_counter() - began)
+                values = _metrics(run, loss, norm, finite, learning_rate)
+                values["samples_per_second"] = (state.samples - logged) / max(time.perf_counter() - began, 1e-9)
                 run.tracker.log(state.step, **values)
+                began, logged = time.perf_counter(), state.samples
                 bar.advance(loss=values["loss"], lr=learning_rate, samples_s=values["samples_per_second"])
             else:
                 bar.advance()
+            paused = time.perf_counter()
             if every and (state.step % every == 0 or state.step == total):
                 run.validate()
             if state.step % config.train.checkpointing_steps == 0 or state.step == total:
                 run.save()
+            began += time.perf_counter() - paused
     if run.saved != state.step and state.step > 0:
         run.save()
     if run.stop.number is not None:
@@ -277,7 +292,7 @@ def optimizer_step(run: Run, step: Step, batches: list[Batch]) -> tuple[Tensor, 
     return total, norm, finite
 
 
-def _metrics(run: Run, loss: Tensor, norm: Tensor, finite: Tensor, rate: float, seconds: float) -> dict[str, Any]:
+def _metrics(run: Run, loss: Tensor, norm: Tensor, finite: Tensor, rate: float) -> dict[str, Any]:
     """One logged step; the only place of the loop that waits for the device."""
     state = run.weights.state
     values = run.place.mean(torch.stack([loss, norm.to(loss), finite.to(loss)])).tolist()
@@ -287,6 +302,5 @@ def _metrics(run: Run, loss: Tensor, norm: Tensor, finite: Tensor, rate: float, 
         "loss": values[0],
         "grad_norm": values[1],
         "lr": rate,
-        "samples_per_second": state.batch / max(seconds, 1e-9),
         "skipped": int(values[2] < 1),
     }

@@ -15,6 +15,7 @@ from qflux.io.progress import say
 from qflux.models import adapters
 from qflux.models.optimizers import eval_mode
 from qflux.runtime.checkpoint import find_checkpoint, verify_checkpoint
+from qflux.runtime.tracking import METRICS, read_metrics
 from qflux.trainer.early import read_samples
 from qflux.trainer.encoding import cache_manager, digest_memo, fill_cache, text_stages
 from qflux.trainer.state import Weights
@@ -33,14 +34,24 @@ if TYPE_CHECKING:
 TextSample = tuple[EditSample, dict[str, torch.Tensor]]
 
 
-def validation_samples(trainer: BaseTrainer, cache: CacheManager | None, stop: StopSignal) -> list[TextSample]:
-    """The config's validation samples with their encoded text (from the cache where there is one)."""
+def validation_samples(
+    trainer: BaseTrainer, cache: CacheManager | None, stop: StopSignal, fill: bool = True
+) -> list[TextSample]:
+    """The config's validation samples with their encoded text, from the cache where there is one.
+
+    ``fill`` lets what the cache lacks be encoded; else it is refused.
+    """
     pairs = read_samples(trainer.config, trainer.family)
     if cache is None:
         samples = [sample for _, sample in pairs]
         return list(zip(samples, encode_texts(trainer, samples), strict=True))
     texts = text_stages(cache)
     specs = [spec for spec, _ in pairs]
+    if not fill and any(texts.missing(specs).values()):
+        raise UserError(
+            "cache.on_missing: found prompts of logging.validation.samples that are not encoded, expected none; encode "
+            "them once with --cache, or set cache.on_missing: fill"
+        )
     fill_cache(trainer, texts, specs, lambda i: pairs[i][1], stop=stop)
     return [(sample, texts.get(spec).text) for spec, sample in pairs]
 
@@ -69,16 +80,19 @@ class Validation:
         settings = trainer.config.logging.validation
         if settings.steps is None:
             return cls(trainer, None, None, stop)
-        samples = validation_samples(trainer, cache, stop)
+        samples = validation_samples(trainer, cache, stop, fill=trainer.config.cache.on_missing == "fill")
         held_out = None if reader is None else HeldOut(trainer, reader.read, len(reader.dataset), Shift.of(trainer))
         return cls(trainer, make_sampler(trainer, samples) if samples else None, held_out, stop)
 
     def complete(self, weights: Weights, tracker: Tracker, folder: Path) -> None:
-        """Draw the pictures of the resumed step if a stop kept them from being drawn; its loss is measured already."""
-        if not (folder / "samples" / f"step-{weights.state.step:06d}" / "sheet.png").is_file():
-            self.run(weights, tracker, folder, measure=False)
+        """Make up what a stop kept from being measured or drawn at the resumed step."""
+        step = weights.state.step
+        lines = read_metrics(folder / METRICS)
+        measured = any("val_loss" in line and line["step"] == step for line in lines)
+        drawn = (folder / "samples" / f"step-{step:06d}" / "sheet.png").is_file()
+        self.run(weights, tracker, folder, measure=not measured, draw=not drawn)
 
-    def run(self, weights: Weights, tracker: Tracker, folder: Path, measure: bool = True) -> None:
+    def run(self, weights: Weights, tracker: Tracker, folder: Path, *, measure: bool = True, draw: bool = True) -> None:
         """Draw and measure with the weights users will get: EMA or averaged ones when on, rounded as loaders round."""
         step = weights.state.step
         with ExitStack() as stack:
@@ -86,9 +100,11 @@ class Validation:
             if weights.ema is not None:
                 stack.enter_context(weights.ema.swapped())
             stack.enter_context(adapters.rounded_copy(weights.model, self.trainer.dtype))
-            if measure and self.held_out is not None and (measured := self.held_out.measure(weights.model)):
-                tracker.log_held_out(step, *measured)
-            if self.sampler is not None:
+            if measure and self.held_out is not None:
+                measured = self.held_out.measure(weights.model, lambda: self.stop.asked)
+                if measured is not None:
+                    tracker.log_held_out(step, *measured)
+            if draw and self.sampler is not None and not self.stop.asked:
                 out = folder / "samples" / f"step-{step:06d}"
                 tracker.log_images(step, self.sampler.draw(weights.model, out, self.stop))
 

@@ -15,15 +15,16 @@ from qflux.data.cache_manager import CacheManager
 from qflux.data.dataset import EditDataset, open_dataset
 from qflux.data.order import Order
 from qflux.errors import UserError
-from qflux.io.digests import DigestMemo
+from qflux.io.digests import DigestMemo, blake3_file
 from qflux.io.progress import say
 from qflux.models import adapters
 from qflux.models.ema import Ema
-from qflux.models.loading import model_identity, read_config
+from qflux.models.loading import meta_module, model_identity, read_config
 from qflux.models.optimizers import make_optimizer
 from qflux.models.schedules import make_schedule
 from qflux.parallel.placement import Placement
 from qflux.trainer.early import read_samples
+from qflux.trainer.encoding import RECIPE, cache_manager
 from qflux.trainer.state import Weights
 from qflux.types import TrainState
 
@@ -51,6 +52,16 @@ def open_datasets(trainer: BaseTrainer, memo: DigestMemo) -> list[EditDataset]:
     return sets
 
 
+def check_targets(trainer: BaseTrainer) -> None:
+    """Refuse adapter targets that select nothing, on the network's structure alone."""
+    lora = trainer.config.model.lora
+    if lora is None:
+        return
+    structure = meta_module(trainer.folder, trainer.family.denoiser)
+    if structure is not None:
+        adapters.resolve_targets(structure, lora.target_modules, trainer.family)
+
+
 def samples_per_step(trainer: BaseTrainer, processes: int) -> int:
     """G: batch size × accumulation × processes."""
     return trainer.config.data.batch_size * trainer.config.train.gradient_accumulation_steps * processes
@@ -64,13 +75,17 @@ def run_identity(trainer: BaseTrainer, dataset: EditDataset, memo: DigestMemo, b
         exclude={"max_train_steps", "checkpointing_steps", "checkpoints_total_limit", "gradient_accumulation_steps",
                  "max_skipped_steps", "gradient_checkpointing", "attention_backend"},
     )  # fmt: skip
-    data = {name: getattr(config.data, name) for name in ("caption_dropout_rate", "shape_window", "vae_posterior")}
-    lora = config.model.lora
+    names = ("caption_dropout_rate", "shape_window", "vae_posterior", "background_color")
+    data = {name: getattr(config.data, name) for name in names}
+    lora = None if config.model.lora is None else config.model.lora.model_dump(mode="json")
+    if lora is not None and config.model.lora is not None and config.model.lora.pretrained_weight is not None:
+        lora["pretrained_weight"] = blake3_file(config.model.lora.pretrained_weight, memo)
     return {
         "model": model_identity(trainer.folder, _components(trainer), memo),
         "quantize": config.model.quantize,
         "data": dataset.fingerprint(),
-        "lora": None if lora is None else lora.model_dump(mode="json"),
+        "lora": lora,
+        "recipe": [RECIPE, trainer.family.recipe],
         "samples_per_step": batch,
         "text_length": trainer.text_length,
         **{f"data.{name}": value for name, value in data.items()},
@@ -184,6 +199,4 @@ class Shift:
 
 def open_cache(trainer: BaseTrainer, memo: DigestMemo) -> CacheManager | None:
     """The cache, or None where the config trains without one."""
-    from qflux.trainer.encoding import cache_manager
-
     return cache_manager(trainer, memo) if trainer.config.cache.use_cache else None

@@ -72,10 +72,13 @@ def score(answer: Image.Image, sample: EditSample) -> dict[str, float]:
 
 
 def answers(
-    trainer: Any, model: Any, samples: Sequence[EditSample], label: str = "drawing"
+    trainer: Any,
+    model: Any,
+    samples: Sequence[EditSample],
+    texts: Sequence[Mapping[str, Tensor]],
+    label: str = "drawing",
 ) -> tuple[list[Image.Image], list[float]]:
     """(pictures, seconds each) of ``samples``, with the weights users get: the adapter rounded as loaders round it."""
-    texts = encode_texts(trainer, samples)
     pipe = trainer.pipeline({**load_drawing_parts(trainer), trainer.family.denoiser: model})
     settings = trainer.config.logging.validation
     pictures, seconds = [], []
@@ -100,7 +103,7 @@ def measure(trainer: Any, model: Any, dataset: EditDataset, count: int, out: Pat
     and ``samples``, one dict a pair.
     """
     samples = [dataset.load(index) for index in range(min(count, len(dataset)))]
-    pictures, seconds = answers(trainer, model, samples)
+    pictures, seconds = answers(trainer, model, samples, encode_texts(trainer, samples))
     if out is not None:
         save_pictures(out, samples, {"answer": pictures})
     return summary(samples, pictures, seconds)

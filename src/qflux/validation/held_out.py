@@ -29,11 +29,16 @@ class HeldOut:
         self.trainer, self.read, self.shift = trainer, read, shift
         self.count = min(count, trainer.config.logging.validation.held_out_samples)
 
-    def measure(self, model: Any) -> tuple[float, dict[float, float]] | None:
-        """(mean loss, loss of each noise level); None, and a line that says why, when it cannot be measured."""
+    def measure(self, model: Any, asked: Callable[[], bool] = lambda: False) -> tuple[float, dict[float, float]] | None:
+        """(mean loss, loss of each noise level); None when ``asked()`` to stop; None and a line on failure."""
         try:
+            rows = []
             with torch.no_grad():
-                losses = torch.stack([self._sample(model, index) for index in range(self.count)])
+                for index in range(self.count):
+                    if asked():
+                        return None
+                    rows.append(self._sample(model, index))
+            losses = torch.stack(rows)
         except Exception as error:
             say(f"held-out loss: not measured, {type(error).__name__}: {error}; training goes on")
             return None
