@@ -204,7 +204,8 @@ class SigmaConfig(Section):
         default="none", description="moves sigma towards noise: a factor, or auto = by image size as the pipeline does"
     )
     logit_mean: Number = Field(
-        default=0.0, description="mean of logit(1 - sigma), as in diffusers' scripts: positive = less noise"
+        default=0.0,
+        description="for logit_normal: mean of logit(1 - sigma), as in diffusers' scripts: positive = less noise",
     )
     logit_std: AboveZero = Field(default=1.0, description="standard deviation of logit(sigma) for logit_normal")
     mode_scale: Number = Field(default=1.29, description="scale of the mode density")
@@ -232,8 +233,8 @@ class TrainConfig(Section):
     ] = Field(default="none", description="recompute activations to save memory: false = none, true = full")
     mixed_precision: Literal["no", "bf16", "fp16"] = Field(
         default="bf16",
-        description="dtype of the frozen base (no = fp32); adapters are fp32. With lora: null weights stay fp32 and the "
-        "step computes in it",
+        description="dtype of the frozen base (no = fp32); adapters are fp32. With lora: null weights stay fp32 and "
+        "the step computes in it",
     )
     attention_backend: Text = Field(
         default="native", description="attention kernel, a name of diffusers' attention dispatcher"
