@@ -115,10 +115,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run and turn expected failures into one line and an exit code."""
     die_with_parent()
     args = parse(argv)
-    stop = StopSignal()
+    stop = StopSignal(eager=True)  # until there is something to save
     try:
-        if args.check:  # nothing to save: a signal ends it at once
-            return run(args, stop)
         with stop:
             return run(args, stop)
     except QfluxError as error:

@@ -113,3 +113,9 @@ def _alive(pid: int) -> bool:
             return file.read().rsplit(")", 1)[1].split()[0] != "Z"
     except OSError:
         return False
+
+
+def test_an_eager_stop_ends_at_once():
+    with StopSignal(eager=True), pytest.raises(Interrupted) as ended:
+        signal.raise_signal(signal.SIGTERM)
+    assert ended.value.exit_code == 143

@@ -21,11 +21,13 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 class StopSignal:
     """While entered, SIGINT and SIGTERM only set a flag; a second one of the same kind raises KeyboardInterrupt.
 
+    While ``eager`` the first one raises Interrupted at once: for phases that have nothing to save and ask nobody.
     ``asked`` tells that a stop was asked for, ``number`` which signal asked first. Outside the main thread, where
     Python allows no handlers, entering changes nothing. The old handlers come back on exit.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, eager: bool = False) -> None:
+        self.eager = eager
         self.number: int | None = None
         self._first: dict[int, float] = {}
         self._old: dict[int, Any] = {}
@@ -63,6 +65,9 @@ class StopSignal:
                 raise KeyboardInterrupt
             return
         self._first[number] = now
+        if self.eager:
+            self.number = number
+            raise Interrupted(number)
         if self.number is None:
             self.number = number
             if os.environ.get("RANK", "0") == "0":

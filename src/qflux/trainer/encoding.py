@@ -228,6 +228,8 @@ def build_cache(trainer: BaseTrainer, stop: StopSignal) -> None:
 
     memo = digest_memo(trainer)
     cache = cache_manager(trainer, memo)
-    for dataset in open_datasets(trainer, memo):
+    datasets = open_datasets(trainer, memo)
+    stop.eager = False
+    for dataset in datasets:
         say(cache_dataset(trainer, cache, dataset, stop, verify=True).line())
     validation_samples(trainer, cache, stop)

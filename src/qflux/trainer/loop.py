@@ -164,7 +164,7 @@ def open_training(trainer: BaseTrainer, resume: str | None) -> Opened:
 def fit(trainer: BaseTrainer, stop: StopSignal, resume: str | None) -> None:
     """Set up, train, and close the run's books however it ends."""
     opened = open_training(trainer, resume)
-    folder = opened.folder
+    folder, stop.eager = opened.folder, False
     code, reason = BUG, "ended by a bug"
     run: Run | None = None
     try:

@@ -120,6 +120,7 @@ def draw_samples(trainer: BaseTrainer, stop: StopSignal, checkpoint: str | None,
     folder = _find_weights(trainer, checkpoint)
     memo = digest_memo(trainer)
     cache = cache_manager(trainer, memo) if trainer.config.cache.use_cache else None
+    stop.eager = False
     samples = validation_samples(trainer, cache, stop)
     model = load_trained(trainer, folder).to(trainer.device)
     out = out or Path(settings.output_dir) / settings.tracker_project_name / "samples"
