@@ -15,7 +15,7 @@ from qflux.config import Config, load_config
 from qflux.errors import BUG, DONE, QfluxError, UserError
 from qflux.io.progress import say
 from qflux.runtime.signals import StopSignal, die_with_parent
-from qflux.trainer.early import NO_MASKS, data_problems, early_problems, validation_problems
+from qflux.trainer.early import NO_MASKS, early_problems, scan_all, scan_held_out
 
 if TYPE_CHECKING:
     from qflux.trainer.base_trainer import BaseTrainer
@@ -72,7 +72,7 @@ def check(config: Config, trainer_class: type[BaseTrainer], args: argparse.Names
 
     out = args.out or Path(config.logging.output_dir) / config.logging.tracker_project_name
     report = check_data(config.data, trainer_class.family, out_dir=out, progress=not args.json)
-    others = [*early_problems(config), *validation_problems(config, trainer_class.family)]
+    others = [*early_problems(config), *scan_held_out(config, trainer_class.family)[1]]
     notes = (*report.notes, *([NO_MASKS] if config.train.loss.mask_loss and not report.masks else []))
     report = replace(report, problems=tuple(dict.fromkeys([*others, *report.problems])), notes=notes)
     say(report.to_json() if args.json else report.text())
@@ -87,7 +87,7 @@ def run(args: argparse.Namespace, stop: StopSignal) -> int:
         return check(config, trainer_class, args)
     problems = early_problems(config)
     if not args.sample:
-        problems += data_problems(config, trainer_class.family)
+        problems += scan_all(config, trainer_class.family)[1]
     if problems:
         raise UserError(*problems)
     from qflux.models.loading import resolve_model, torch_dtype

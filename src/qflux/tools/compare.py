@@ -30,7 +30,8 @@ from qflux.models import adapters
 from qflux.models.loading import free, resolve_model, torch_dtype
 from qflux.parallel.placement import Placement
 from qflux.runtime.checkpoint import find_checkpoint, verify_checkpoint
-from qflux.trainer.encoding import SampleReader, cache_manager, digest_memo, fill_cache
+from qflux.trainer.early import memo_of
+from qflux.trainer.encoding import SampleReader, cache_manager, fill_cache
 from qflux.trainer.sampling import load_trained
 from qflux.trainer.setup import Shift
 from qflux.validation.comparison import METRICS, answers, encode_texts, save_pictures, summary, text_table
@@ -199,7 +200,7 @@ def _measure(
 ) -> tuple[dict[str, Any], list[Image.Image], list[EditSample]]:
     """(numbers, pictures, samples) of one side; its network is freed again."""
     trainer = _trainer(side, trainers)
-    dataset = open_dataset(trainer.config.data, trainer.family, entries=entries, memo=digest_memo(trainer))
+    dataset = open_dataset(trainer.config.data, trainer.family, entries=entries, memo=memo_of(trainer.config))
     count = min(count, len(dataset))
     samples = [dataset.load(index) for index in range(count)]
     # Encoders first: they are gone again before the network comes to the device.
@@ -240,7 +241,7 @@ def _network(trainer: Any, weights: Path | None) -> Any:
 def _filled_cache(trainer: Any, dataset: EditDataset, count: int) -> CacheManager | None:
     if not trainer.config.cache.use_cache:
         return None
-    cache = cache_manager(trainer, digest_memo(trainer))
+    cache = cache_manager(trainer, memo_of(trainer.config))
     fill_cache(trainer, cache, [dataset.spec(index) for index in range(count)], dataset.load)
     return cache
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from qflux.config import Config
-from qflux.data.dataset import sample_from_config, scan
+from qflux.data.dataset import EditDataset, sample_from_config, scan
 from qflux.errors import UserError
 from qflux.io.digests import DigestMemo
 from qflux.models.optimizers import optimizer_problems
@@ -51,18 +51,20 @@ def memo_of(config: Config) -> DigestMemo:
     return DigestMemo(Path(config.cache.cache_dir) / "digests.json")
 
 
-def data_problems(config: Config, family: Family) -> list[str]:
-    """What is wrong with the data set, the held-out set and the samples to draw."""
-    problems = scan(config.data, family, memo=memo_of(config)).problems
-    return list(dict.fromkeys([*problems, *validation_problems(config, family)]))
+def scan_all(config: Config, family: Family) -> tuple[list[EditDataset], list[str]]:
+    """(training set and, where the config names one, the held-out set; all their problems and the samples')."""
+    training = scan(config.data, family, memo=memo_of(config))
+    others, problems = scan_held_out(config, family)
+    return [training, *others], list(dict.fromkeys([*training.problems, *problems]))
 
 
-def validation_problems(config: Config, family: Family) -> list[str]:
-    """What is wrong with the held-out set and the samples to draw."""
-    held_out = config.logging.validation.held_out
-    problems = list(scan(config.data, family, entries=held_out, memo=memo_of(config)).problems) if held_out else []
+def scan_held_out(config: Config, family: Family) -> tuple[list[EditDataset], list[str]]:
+    """(the held-out set, if the config names one; its problems and those of the samples to draw)."""
+    entries = config.logging.validation.held_out
+    sets = [scan(config.data, family, entries=entries, memo=memo_of(config))] if entries else []
+    problems = [problem for dataset in sets for problem in dataset.problems]
     try:
         read_samples(config, family)
     except UserError as error:
         problems += error.problems
-    return problems
+    return sets, problems

@@ -29,16 +29,6 @@ if TYPE_CHECKING:
 RECIPE = 1  # raised when shared code makes other tensors of the same inputs than before
 
 
-def cache_root(trainer: BaseTrainer) -> Path:
-    """The cache's folder."""
-    return Path(trainer.config.cache.cache_dir)
-
-
-def digest_memo(trainer: BaseTrainer) -> DigestMemo:
-    """Digests of files already read, kept beside the cache."""
-    return memo_of(trainer.config)
-
-
 def cache_manager(trainer: BaseTrainer, memo: DigestMemo) -> CacheManager:
     """The cache of this trainer's recipe: everything that decides an entry besides the sample itself."""
     config, family = trainer.config, trainer.family
@@ -58,7 +48,8 @@ def cache_manager(trainer: BaseTrainer, memo: DigestMemo) -> CacheManager:
             recipe["text_length"] = trainer.text_length
         recipes[stage.name] = recipe
     memo.save()
-    return CacheManager(cache_root(trainer), family.stages, recipes, text_sees_controls=family.text_sees_controls)
+    root = Path(config.cache.cache_dir)
+    return CacheManager(root, family.stages, recipes, text_sees_controls=family.text_sees_controls)
 
 
 def text_stages(cache: CacheManager) -> CacheManager:
@@ -226,9 +217,8 @@ def build_cache(trainer: BaseTrainer, stop: StopSignal) -> None:
     from qflux.trainer.sampling import validation_samples
     from qflux.trainer.setup import open_datasets
 
-    memo = digest_memo(trainer)
-    cache = cache_manager(trainer, memo)
-    datasets = open_datasets(trainer, memo)
+    cache = cache_manager(trainer, memo_of(trainer.config))
+    datasets = open_datasets(trainer)
     stop.eager = False
     for dataset in datasets:
         say(cache_dataset(trainer, cache, dataset, stop, verify=True).line())

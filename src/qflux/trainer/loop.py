@@ -27,8 +27,8 @@ from qflux.runtime.run_folder import RunFolder, open_run
 from qflux.runtime.signals import StopSignal
 from qflux.runtime.tracking import Tracker
 from qflux.trainer import setup
-from qflux.trainer.early import NO_MASKS
-from qflux.trainer.encoding import SampleReader, digest_memo, ensure_cached
+from qflux.trainer.early import NO_MASKS, memo_of
+from qflux.trainer.encoding import SampleReader, ensure_cached
 from qflux.trainer.sampling import Validation
 from qflux.trainer.state import Weights, read_weights, write_weights
 from qflux.types import Batch, Step
@@ -148,8 +148,8 @@ def open_training(trainer: BaseTrainer, resume: str | None) -> Opened:
         )
     trainer.device = place.device
     setup.check_targets(trainer)
-    memo = digest_memo(trainer)
-    datasets = setup.open_datasets(trainer, memo)
+    datasets = setup.open_datasets(trainer)
+    memo = memo_of(trainer.config)
     if trainer.config.train.loss.mask_loss and not any(spec and spec.mask for spec in datasets[0].specs):
         say(NO_MASKS)
     identity = setup.run_identity(trainer, datasets[0], memo, setup.samples_per_step(trainer, place.processes))

@@ -16,8 +16,8 @@ from qflux.models import adapters
 from qflux.models.optimizers import eval_mode
 from qflux.runtime.checkpoint import find_checkpoint, verify_checkpoint
 from qflux.runtime.tracking import METRICS, read_metrics
-from qflux.trainer.early import read_samples
-from qflux.trainer.encoding import cache_manager, digest_memo, fill_cache, text_stages
+from qflux.trainer.early import memo_of, read_samples
+from qflux.trainer.encoding import cache_manager, fill_cache, text_stages
 from qflux.trainer.state import Weights
 from qflux.types import EditSample
 from qflux.validation.comparison import encode_texts
@@ -118,8 +118,7 @@ def draw_samples(trainer: BaseTrainer, stop: StopSignal, checkpoint: str | None,
     if not settings.validation.samples:
         raise UserError("logging.validation.samples: found none, expected at least one {prompt, controls} to draw")
     folder = _find_weights(trainer, checkpoint)
-    memo = digest_memo(trainer)
-    cache = cache_manager(trainer, memo) if trainer.config.cache.use_cache else None
+    cache = cache_manager(trainer, memo_of(trainer.config)) if trainer.config.cache.use_cache else None
     stop.eager = False
     samples = validation_samples(trainer, cache, stop)
     model = load_trained(trainer, folder).to(trainer.device)

@@ -12,7 +12,7 @@ import torch
 
 from qflux import __version__
 from qflux.data.cache_manager import CacheManager
-from qflux.data.dataset import EditDataset, open_dataset
+from qflux.data.dataset import EditDataset
 from qflux.data.order import Order
 from qflux.errors import UserError
 from qflux.io.digests import DigestMemo, blake3_file
@@ -23,7 +23,7 @@ from qflux.models.loading import meta_module, model_identity, read_config
 from qflux.models.optimizers import make_optimizer
 from qflux.models.schedules import make_schedule
 from qflux.parallel.placement import Placement
-from qflux.trainer.early import read_samples
+from qflux.trainer.early import scan_all
 from qflux.trainer.encoding import RECIPE, cache_manager
 from qflux.trainer.state import Weights
 from qflux.types import TrainState
@@ -32,21 +32,9 @@ if TYPE_CHECKING:
     from qflux.trainer.base_trainer import BaseTrainer
 
 
-def open_datasets(trainer: BaseTrainer, memo: DigestMemo) -> list[EditDataset]:
+def open_datasets(trainer: BaseTrainer) -> list[EditDataset]:
     """The training set and, where the config names one, the held-out set; all problems of both and of the samples."""
-    data, held_out = trainer.config.data, trainer.config.logging.validation.held_out
-    sets: list[EditDataset] = []
-    problems: list[str] = []
-    try:
-        read_samples(trainer.config, trainer.family)
-    except UserError as error:
-        problems += error.problems
-    for entries in [None, *([held_out] if held_out else [])]:
-        try:
-            sets.append(open_dataset(data, trainer.family, entries=entries, memo=memo))
-        except UserError as error:
-            problems += error.problems
-    memo.save()
+    sets, problems = scan_all(trainer.config, trainer.family)
     if problems:
         raise UserError(*problems)
     return sets
