@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import jsonschema
 import numpy as np
 import pytest
+from data_section import data_section, entry
 from PIL import Image, ImageDraw
 
 from qflux.data.check import check_data
@@ -19,20 +19,8 @@ SCHEMA = json.loads((Path(__file__).parents[2] / "docs/schemas/check.schema.json
 
 
 def config(path: Path, **changes):
-    entry = SimpleNamespace(path=path, repo_id=None, split="train", repeats=2, control_path=None, mask_path=None)
-    base = {
-        "dataset_path": (entry,),
-        "target_size": (64, 64),
-        "controls_size": None,
-        "control_plan": "config",
-        "multi_resolutions": None,
-        "trigger_word": None,
-        "mask_path": None,
-        "background_color": (255, 255, 255),
-        "allow_missing_captions": True,
-        "allow_missing_controls": True,
-    }
-    return SimpleNamespace(**(base | changes))
+    base = {"target_size": (64, 64), "allow_missing_captions": True, "allow_missing_controls": True}
+    return data_section(entry(path, repeats=2), **(base | changes))
 
 
 @pytest.fixture

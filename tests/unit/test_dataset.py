@@ -8,6 +8,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from data_section import data_section as config
+from data_section import entry
 from PIL import Image
 
 from qflux.data.dataset import open_dataset, sample_from_config, scan
@@ -31,27 +33,6 @@ def pairs(root: Path, *stems: str, caption: str = "make it blue", controls: int 
         for n in range(controls):
             picture(root / f"control/{stem}{f'_control_{n}' if n else ''}.png", 50 + i + n)
     return root
-
-
-def entry(path, **changes):
-    base = {"path": path, "repo_id": None, "split": "train", "repeats": 1, "control_path": None, "mask_path": None}
-    return SimpleNamespace(**(base | changes))
-
-
-def config(*entries, **changes):
-    base = {
-        "dataset_path": entries,
-        "target_size": (32, 32),
-        "controls_size": None,
-        "control_plan": "config",
-        "multi_resolutions": None,
-        "trigger_word": None,
-        "mask_path": None,
-        "background_color": (255, 255, 255),
-        "allow_missing_captions": False,
-        "allow_missing_controls": False,
-    }
-    return SimpleNamespace(**(base | changes))
 
 
 def test_sources_follow_each_other_with_repeats(tmp_path):

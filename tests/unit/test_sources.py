@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from data_section import data_section as config
 from PIL import Image
 
 from qflux.data.dataset import open_dataset, scan
@@ -40,28 +41,6 @@ def pair(root: Path, stem: str, grey: int = 0, controls: int = 1, caption: str |
         picture(root / f"control_images/{name}.png", grey + n + 1)
     if caption is not None:
         (root / f"training_images/{stem}.txt").write_text(caption, encoding="utf-8")
-
-
-def config(*paths, **changes):
-    entries = tuple(
-        path
-        if isinstance(path, SimpleNamespace)
-        else SimpleNamespace(path=path, repo_id=None, split="train", repeats=1, control_path=None, mask_path=None)
-        for path in paths
-    )
-    base = {
-        "dataset_path": entries,
-        "target_size": (32, 32),
-        "controls_size": None,
-        "control_plan": "config",
-        "multi_resolutions": None,
-        "trigger_word": None,
-        "mask_path": None,
-        "background_color": (255, 255, 255),
-        "allow_missing_captions": False,
-        "allow_missing_controls": False,
-    }
-    return SimpleNamespace(**(base | changes))
 
 
 def names(refs) -> list[str]:
