@@ -26,5 +26,7 @@ def data_section(*entries: Path | SimpleNamespace, **changes: Any) -> SimpleName
         "background_color": (255, 255, 255),
         "allow_missing_captions": False,
         "allow_missing_controls": False,
+        "max_sequence_length": None,
+        "auto_mask": None,
     }
     return SimpleNamespace(**(base | changes))

@@ -21,18 +21,31 @@ ShapeKey = tuple[Size, ...]  # the target's size, then each control's
 
 @dataclass(frozen=True)
 class Resize:
-    """Cut ``box`` (left, top, right, bottom; source pixels, maybe fractional) out of an image, resize to ``size``."""
+    """Cut ``box`` (left, top, right, bottom; source pixels, maybe fractional) out of an image, resize to ``size``.
+
+    With ``scaled`` the box is resized to that size and ``size`` cut out of its middle, as some pipelines do.
+    """
 
     box: tuple[float, float, float, float]
     size: Size
+    scaled: Size | None = None
+
+    def as_json(self) -> list[Any]:
+        """Plain lists for digests: all that decides the pixels."""
+        plain: list[Any] = [[float(edge) for edge in self.box], [int(edge) for edge in self.size]]
+        return plain if self.scaled is None else [*plain, [int(edge) for edge in self.scaled]]
 
 
 @dataclass(frozen=True)
 class SizePlan:
-    """What the one geometry function decided for one sample."""
+    """What the one geometry function decided for one sample.
+
+    ``text_controls`` are the controls as a text encoder that sees them gets them; empty where it gets ``controls``.
+    """
 
     target: Resize
     controls: tuple[Resize, ...] = ()
+    text_controls: tuple[Resize, ...] = ()
 
     @property
     def shape_key(self) -> ShapeKey:
@@ -57,7 +70,8 @@ class EditSample:
     """One edit pair with decoded pixels, already cut and resized by its size plan.
 
     ``target`` and ``controls`` are RGB, ``mask`` is 8-bit grey of the target's size. ``target`` is None only where a
-    sample is drawn, not learned. ``digest`` identifies the sources' bytes and the caption.
+    sample is drawn, not learned. ``digest`` identifies the sources' bytes and the caption. ``text_controls`` are what
+    the text encoder sees: the controls where the size plan names no other sizes for it.
     """
 
     target: Image.Image | None
@@ -67,6 +81,11 @@ class EditSample:
     id: str
     digest: str
     sizes: SizePlan
+    text_controls: list[Image.Image] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if not self.text_controls and not self.sizes.text_controls:
+            self.text_controls = self.controls
 
 
 @dataclass
@@ -93,6 +112,8 @@ class Batch:
     """Encoded samples of one shape key with a batch axis in front of every tensor.
 
     A sample without a mask beside samples with one has NaN in ``edit_mask``: its positions all weigh 1.
+    Text tensors of different lengths are padded with zeros at the end; ``<name>_mask`` ``[B, L]`` (1 = a token) is then
+    beside them, and only then.
 
     ``index`` and ``epoch`` name each sample's position in the sources and the pass over them: all draws depend on them.
     """
@@ -157,10 +178,19 @@ class EncodeStage:
 class Family:
     """A model family as data: what shared code must know of it, so that no shared code asks for its name.
 
+    folder          its data beside the trainer's file: real structures, names of layers in other formats
+    vae_scale       pixels a VAE position covers; ``patch`` such positions a side make one predicted position
     controls        smallest and largest number of controls its official pipeline takes
+    sisters         number of controls outside that → trainer to use
     control_size    how that pipeline sizes a control: (H, W) → (H, W); used by ``control_plan: pipeline``
-    sigma_mu        (scheduler config, predicted positions) → μ of the pipeline's dynamic shift; None where it is fixed
-    sister          trainer to use for control counts outside ``controls``
+    text_control_size  the same for the picture its text encoder sees, in every plan; None = the control itself
+    control_limits  smallest side in pixels and largest aspect that the pipeline accepts of a control
+    sigma_mu        (scheduler config, predicted positions, denoising steps) → μ of the pipeline's dynamic shift; None
+                    where it is fixed
+    text_length     tokens to which prompts are cut or padded; 0 where the pipeline takes them whole
+    guidance        name of the pipeline's argument for ``logging.validation.guidance_scale``
+    classifier_free whether a guidance above 1 runs the network a second time with the empty prompt
+    empty_prompt    that prompt, also the one of a dropped caption
     adapter_targets named target lists for ``model.lora.target_modules``
     recipe          raised when ``encode`` gives other tensors than before: cached entries are then made again
     drawing         components, besides the denoiser and text encoders, that the pipeline needs to draw
@@ -169,15 +199,21 @@ class Family:
     name: str
     pipeline_class: str
     stages: tuple[EncodeStage, ...]
+    folder: str | None = None
     denoiser: str = "transformer"
     vae_scale: int = 8
     patch: int = 2
     controls: tuple[int, int] = (0, 0)
+    sisters: Mapping[int, str] = field(default_factory=dict)
     control_size: Callable[[Size], Size] | None = None
-    sigma_mu: Callable[[Mapping[str, Any], int], float] | None = None
-    sister: str | None = None
+    text_control_size: Callable[[Size], Size] | None = None
+    control_limits: tuple[int, float] | None = None
+    sigma_mu: Callable[[Mapping[str, Any], int, int], float] | None = None
     text_sees_controls: bool = False
     text_length: int = 512
+    guidance: str = "guidance_scale"
+    classifier_free: bool = False
+    empty_prompt: str = ""
     adapter_targets: Mapping[str, Sequence[str]] = field(default_factory=dict)
     block_lists: tuple[str, ...] = ()
     recipe: int = 1

@@ -17,7 +17,7 @@ from qflux.errors import UserError
 from qflux.io.digests import DigestMemo
 from qflux.types import Family
 
-FAMILY = Family("tiny", "Pipeline", (), controls=(0, 2), sister="TinyPlus")
+FAMILY = Family("tiny", "Pipeline", (), controls=(0, 2), sisters={3: "TinyPlus"})
 
 
 def picture(path: Path, grey: int = 0, size: tuple[int, int] = (64, 64)) -> Path:
@@ -121,7 +121,7 @@ def test_counts_outside_the_family_name_its_sister(tmp_path):
         open_dataset(config(entry(root)), FAMILY)
     none = pairs(tmp_path / "none", "a", controls=0)
     with pytest.raises(UserError, match="found 0 controls, tiny takes 1; add or remove"):
-        open_dataset(config(entry(none), allow_missing_controls=True), replace(FAMILY, controls=(1, 1), sister=None))
+        open_dataset(config(entry(none), allow_missing_controls=True), replace(FAMILY, controls=(1, 1), sisters={}))
 
 
 def test_every_problem_is_listed_once(tmp_path):

@@ -83,7 +83,7 @@ def test_mask_grid_and_weights():
     assert grid.shape == (2, 2)
     assert grid[0, 0] == 1 / 64, "mean over 8x8, then the largest of 2x2"
     assert grid.sum() == grid[0, 0]
-    weights = mask_weights(torch.tensor([[[1.0, 0.25], [torch.nan, 0.0]]]), 2.0, 1.0, 2)
+    weights = mask_weights(torch.tensor([[[1.0, 0.25], [torch.nan, 0.0]]]), 2.0, 1.0, 4)
     assert weights.shape == (1, 1, 4, 4)
     assert weights[0, 0, ::2, ::2].tolist() == [[2.0, 1.25], [1.0, 1.0]]
 
@@ -95,7 +95,7 @@ def test_loss_by_its_formula(name, weighting):
     batch = batch_of(positions)
     noised = add_noise(batch.target, draw_noise(batch, 1), torch.tensor([0.3, 0.8]))
     prediction = torch.randn_like(noised.target)
-    got = flow_matching_loss(prediction, noised, batch.edit_mask, loss_config(name=name), weighting, 2)
+    got = flow_matching_loss(prediction, noised, batch.edit_mask, loss_config(name=name), weighting)
     for b in range(2):
         error = (prediction[b] - noised.target[b]) ** 2
         if name == "huber":
@@ -112,8 +112,8 @@ def test_normalised_masks_weigh_samples_alike():
     noised = add_noise(torch.zeros(2, 16, 4, 4), torch.ones(2, 16, 4, 4), torch.ones(2))
     masks = torch.tensor([[[1.0, 1.0], [1.0, 1.0]], [[1.0, 0.0], [0.0, 0.0]]])
     prediction = torch.zeros(2, 16, 4, 4)
-    plain = flow_matching_loss(prediction, noised, masks, loss_config(), "none", 2)
-    even = flow_matching_loss(prediction, noised, masks, loss_config(normalize=True), "none", 2)
+    plain = flow_matching_loss(prediction, noised, masks, loss_config(), "none")
+    even = flow_matching_loss(prediction, noised, masks, loss_config(normalize=True), "none")
     assert plain.tolist() == [2.0, 1.25]
     assert even.tolist() == [1.0, 1.0]
 
@@ -121,7 +121,7 @@ def test_normalised_masks_weigh_samples_alike():
 def test_a_sample_without_a_mask_weighs_one():
     batch = collate([sample(0), sample(1, mask=False)], [(0, 0), (0, 1)])
     noised = add_noise(torch.zeros(2, 16, 4, 4), torch.ones(2, 16, 4, 4), torch.ones(2))
-    losses = flow_matching_loss(torch.zeros(2, 16, 4, 4), noised, batch.edit_mask, loss_config(), "none", 2)
+    losses = flow_matching_loss(torch.zeros(2, 16, 4, 4), noised, batch.edit_mask, loss_config(), "none")
     assert losses[1] == 1
     assert losses[0] > 1
     assert collate([sample(0, mask=False)], [(0, 0)]).edit_mask is None

@@ -27,7 +27,7 @@ from qflux.data.entry import CacheDamaged, read_entry
 from qflux.errors import UserError
 from qflux.io import atomic, digests, locks
 from qflux.io.progress import Progress
-from qflux.types import EditSample, EncodedSample, EncodeStage, Resize, SampleSpec
+from qflux.types import EditSample, EncodedSample, EncodeStage, SampleSpec
 
 __all__ = ["SCHEMA", "CacheDamaged", "CacheManager", "CacheMiss", "CacheReport", "Load", "read_entry"]
 
@@ -82,10 +82,6 @@ class _Survey:
         return sum(len(keys) for keys in self.todo.values())
 
 
-def _resize(plan: Resize) -> list[list[float] | list[int]]:
-    return [[float(edge) for edge in plan.box], [int(edge) for edge in plan.size]]
-
-
 class CacheManager:
     """The cache under ``root`` for a family's encode stages.
 
@@ -119,14 +115,14 @@ class CacheManager:
         if stage.kind == "text":
             if not self.text_sees_controls:
                 return {"prompt": spec.prompt}
-            sizes = [_resize(plan) for plan in spec.sizes.controls]
+            sizes = [plan.as_json() for plan in spec.sizes.text_controls or spec.sizes.controls]
             return {"prompt": spec.prompt, "controls": list(spec.controls), "control_sizes": sizes}
         return {
             "target": spec.target,
             "controls": list(spec.controls),
             "mask": spec.mask,
-            "target_size": _resize(spec.sizes.target),
-            "control_sizes": [_resize(plan) for plan in spec.sizes.controls],
+            "target_size": spec.sizes.target.as_json(),
+            "control_sizes": [plan.as_json() for plan in spec.sizes.controls],
         }
 
     def key(self, stage: EncodeStage, spec: SampleSpec) -> str:

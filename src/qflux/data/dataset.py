@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from qflux.data.geometry import plan_sizes, same_aspect, size_problems, text, transfer_box
+from qflux.data.geometry import plan_sizes, same_aspect, size_problems, text, text_problems, transfer_box
 from qflux.data.hub_sources import is_hub_folder, read_hub
 from qflux.data.images import ImageRef, apply_resize, load_mask, load_rgb
 from qflux.data.records import Found, SampleRecord
@@ -115,6 +115,7 @@ def scan(
     """As ``open_dataset``, but with the problems in the result instead of raised."""
     problems = size_problems(data_config, family)
     sizes_usable = not problems
+    problems += text_problems(data_config, family)
     records: list[SampleRecord] = []
     passes: list[tuple[range, int]] = []
     notes: list[str] = []
@@ -142,16 +143,16 @@ def load_sample(record: SampleRecord, spec: SampleSpec, background: tuple[int, i
     sizes = spec.sizes
     source = _frame(record, sizes)
     target = apply_resize(load_rgb(record.target, background), sizes.target) if record.target else None
-    controls = [
-        apply_resize(load_rgb(ref, background), resize)
-        for ref, resize in zip(record.controls, sizes.controls, strict=True)
-    ]
+    pictures = [load_rgb(ref, background) for ref in record.controls]
+    controls = [apply_resize(picture, resize) for picture, resize in zip(pictures, sizes.controls, strict=True)]
+    # Where the plan has none, the text encoder sees the controls themselves.
+    seen = [apply_resize(picture, resize) for picture, resize in zip(pictures, sizes.text_controls, strict=False)]
     mask = None
     if record.mask is not None:
         grey = load_mask(record.mask)
         box = transfer_box(sizes.target.box, source, (grey.height, grey.width))
         mask = apply_resize(grey, Resize(box, sizes.target.size), Image.Resampling.BILINEAR)
-    return EditSample(target, controls, spec.prompt, mask, spec.id, sample_digest(spec), sizes)
+    return EditSample(target, controls, spec.prompt, mask, spec.id, sample_digest(spec), sizes, seen)
 
 
 def sample_digest(spec: SampleSpec) -> str:
@@ -254,8 +255,9 @@ def _check_controls(
     count, (least, most) = len(record.controls), family.controls
     if not least <= count <= most:
         expected = str(least) if least == most else f"{least} to {most}"
-        sister = f"; use train.trainer: {family.sister}" if family.sister else "; add or remove controls"
-        problems.append(f"{record.label}: found {count} controls, {family.name} takes {expected}{sister}")
+        sister = family.sisters.get(count)
+        advice = f"use train.trainer: {sister}" if sister else "add or remove controls"
+        problems.append(f"{record.label}: found {count} controls, {family.name} takes {expected}; {advice}")
     elif count == 0 and most > 0 and not none_allowed:
         problems.append(
             f"{record.label}: found no control, expected a picture of the same stem in the control folder; "
@@ -299,5 +301,5 @@ def _frame(record: SampleRecord, sizes: SizePlan) -> Size:
 
 
 def _content(spec: SampleSpec) -> list[Any]:
-    plans = [[list(resize.box), list(resize.size)] for resize in (spec.sizes.target, *spec.sizes.controls)]
+    plans = [resize.as_json() for resize in (spec.sizes.target, *spec.sizes.controls, *spec.sizes.text_controls)]
     return [spec.target, list(spec.controls), spec.mask, spec.prompt, plans]

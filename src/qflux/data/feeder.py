@@ -28,6 +28,23 @@ def _stack_masks(masks: Sequence[Tensor | None]) -> Tensor | None:
     return torch.stack([torch.full_like(known, torch.nan) if mask is None else mask for mask in masks])
 
 
+def _stack_text(samples: Sequence[EncodedSample]) -> dict[str, Tensor]:
+    """Text tensors with a batch axis; of other lengths they are zero-padded, ``<name>_mask`` ``[B, L]`` beside them."""
+    import torch
+    from torch.nn.utils.rnn import pad_sequence
+
+    text: dict[str, Tensor] = {}
+    for name in samples[0].text:
+        parts = [sample.text[name] for sample in samples]
+        if len({part.shape for part in parts}) == 1:
+            text[name] = torch.stack(parts)
+            continue
+        text[name] = pad_sequence(parts, batch_first=True)
+        ones = [torch.ones(len(part), dtype=torch.long) for part in parts]
+        text[f"{name}_mask"] = pad_sequence(ones, batch_first=True)
+    return text
+
+
 def collate(samples: Sequence[EncodedSample], positions: Sequence[tuple[int, int]]) -> Batch:
     """Stack samples of one shape key; ``positions`` are their (epoch, index)."""
     import torch
@@ -36,7 +53,7 @@ def collate(samples: Sequence[EncodedSample], positions: Sequence[tuple[int, int
     return Batch(
         target=torch.stack([sample.target for sample in samples if sample.target is not None]),
         controls=[torch.stack(group) for group in zip(*(sample.controls for sample in samples), strict=True)],
-        text={name: torch.stack([sample.text[name] for sample in samples]) for name in first.text},
+        text=_stack_text(samples),
         edit_mask=_stack_masks([sample.edit_mask for sample in samples]),
         sizes=first.sizes,
         index=tuple(index for _, index in positions),

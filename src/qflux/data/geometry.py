@@ -53,7 +53,8 @@ def plan_sizes(
             "targets are never scaled up, give a smaller size"
         )
     resize = _target_resize(source, wanted, data_config.multi_resolutions, family, label, grow=target is None)
-    return SizePlan(resize, _control_resizes(source, resize, controls, data_config, family, label))
+    sized = _control_resizes(source, resize, controls, data_config, family, label)
+    return SizePlan(resize, sized, _text_resizes(sized, family))
 
 
 def size_problems(data_config: Any, family: Family) -> list[str]:
@@ -72,6 +73,14 @@ def size_problems(data_config: Any, family: Family) -> list[str]:
         if fixed is None and area < family.size_multiple**2:
             problems.append(f"{key}: found {candidate!r}, an area below {family.size_multiple}*{family.size_multiple}")
     return problems
+
+
+def text_problems(data_config: Any, family: Family) -> list[str]:
+    """A text length for a family whose pipeline never cuts a prompt."""
+    if data_config.max_sequence_length is None or family.text_length:
+        return []
+    found = f"data.max_sequence_length: found {data_config.max_sequence_length}"
+    return [f"{found}, but {family.pipeline_class} takes prompts whole, of any length; remove it"]
 
 
 def candidate_size(candidate: Any) -> tuple[Size | None, int]:
@@ -204,7 +213,7 @@ def _control_resizes(
         )
     if config.control_plan == "pipeline" and controls and family.control_size is None:
         raise UserError(f"data.control_plan: {family.name} has no control rule of its own pipeline; use config")
-    resizes = []
+    resizes: list[Resize] = []
     for i, control in enumerate(controls):
         if min(control) < 1:
             raise UserError(f"{label}: control {i + 1} is empty")
@@ -213,7 +222,31 @@ def _control_resizes(
         else:
             size = given[0 if len(given) == 1 else i] if given else None
             resizes.append(_config_control(source, target, control, size, family, f"{label}: control {i + 1}"))
+        _check_limits(resizes[-1].size, family, f"{label}: control {i + 1}")
     return tuple(resizes)
+
+
+def _check_limits(size: Size, family: Family, label: str) -> None:
+    """Refuse what the official pipeline refuses."""
+    if family.control_limits is None:
+        return
+    side, aspect = family.control_limits
+    if min(size) < side or max(size) > aspect * min(size):
+        raise UserError(
+            f"{label}: found {text(size)}, {family.pipeline_class} takes controls of at least {side} pixels a side and "
+            f"an aspect of at most {aspect:g}; use larger pictures or data.controls_size"
+        )
+
+
+def _text_resizes(controls: Sequence[Resize], family: Family) -> tuple[Resize, ...]:
+    """What a text encoder that sees the controls gets: the same parts of them, at a size of its own."""
+    if family.text_control_size is None:
+        return ()
+    return tuple(Resize(part.box, family.text_control_size(_box_size(part.box))) for part in controls)
+
+
+def _box_size(box: Box) -> Size:
+    return max(1, round(box[3] - box[1])), max(1, round(box[2] - box[0]))
 
 
 def _pipeline_control(source: Size, target: Resize, control: Size, family: Family) -> Resize:
@@ -221,10 +254,10 @@ def _pipeline_control(source: Size, target: Resize, control: Size, family: Famil
     box: Box = (0.0, 0.0, float(control[1]), float(control[0]))
     if same_aspect(source, control):
         box = transfer_box(target.box, source, control)
-    cropped = (max(1, round(box[3] - box[1])), max(1, round(box[2] - box[0])))
     assert family.control_size is not None
-    height, width = family.control_size(cropped)
-    return Resize(box, (int(height), int(width)))
+    scaled = family.control_size(_box_size(box))
+    size = round_down(scaled, family.size_multiple)
+    return Resize(box, size) if size == scaled else Resize(box, size, scaled)
 
 
 def _config_control(

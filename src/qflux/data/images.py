@@ -145,6 +145,10 @@ def apply_resize(
 
     A box on whole pixels that has the wanted size already is cut without resampling.
     """
+    if resize.scaled is not None:
+        whole = apply_resize(image, Resize(resize.box, resize.scaled), resample)
+        x, y = (whole.width - resize.size[1]) // 2, (whole.height - resize.size[0]) // 2
+        return whole.crop((x, y, x + resize.size[1], y + resize.size[0]))
     height, width = resize.size
     left, top, right, bottom = resize.box
     if all(edge == int(edge) for edge in resize.box) and (right - left, bottom - top) == (width, height):

@@ -1,29 +1,37 @@
-"""Tiny FLUX Kontext folders: a random one for tests, and the architecture of the demo's pretrained one.
+"""Tiny FLUX.1 and Kontext folders: random ones for tests, and the architecture of the demo's pretrained one.
 
-Every class is the real one of diffusers and transformers, only small, so the folders open with
-``FluxKontextPipeline.from_pretrained`` and everything that works on them works on the full-size model.
+Every class is the real one of diffusers and transformers, only small, so the folders open with the official
+pipelines' ``from_pretrained`` and everything that works on them works on the full-size model. What the tiny folders of
+the other families share is here too.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from qflux.demo.tokenizers import clip_tokenizer, t5_tokenizer
 from qflux.io.quiet import quiet_imports
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
+    import torch
+    from diffusers import AutoencoderKL, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
     from transformers import CLIPTextModel, T5EncoderModel
 
+Network = TypeVar("Network", bound="torch.nn.Module")
 PRETRAINED = Path(__file__).parent / "flux_kontext"
 # Offsets of the words each T5 head looks at; the network itself sees no order among text tokens (their ids are all
 # zero), so a token has to carry its neighbours: "circle red" and "background red" must differ at "red".
 _HEAD_OFFSETS = (-1, -2, -3, 1, 2, -4, -5, 3)
 _OFFSET_BIAS = 8.0
+# Weights that scale attention scores: of the normalised query, or where there is no such normalisation its projection.
+_QUERY_SCALES = ("norm_q.weight", "norm_added_q.weight", "norm_added_k.weight", "q_norm.weight", "q_proj.weight")
+SHARPNESS = 2.0
 
 
 @dataclass(frozen=True)
@@ -43,7 +51,7 @@ RANDOM = Sizes((4, 8, 8, 8), 1, 32, (4, 6, 6), 2, 2, 2)
 BASE = Sizes((16, 32, 48, 64), 1, 128, (8, 12, 12), 6, 2, 4)
 
 
-def make_vae(sizes: Sizes) -> AutoencoderKL:
+def make_vae(sizes: Sizes, shift_factor: float = 0.0, scaling_factor: float = 1.0) -> AutoencoderKL:
     """A VAE of 8x downsampling and 16 latent channels, random; latents as FLUX's: no quantisation convolutions."""
     with quiet_imports():
         from diffusers import AutoencoderKL
@@ -59,13 +67,13 @@ def make_vae(sizes: Sizes) -> AutoencoderKL:
         sample_size=64,
         use_quant_conv=False,
         use_post_quant_conv=False,
-        shift_factor=0.0,
-        scaling_factor=1.0,
+        shift_factor=shift_factor,
+        scaling_factor=scaling_factor,
     )
 
 
-def make_transformer(sizes: Sizes) -> FluxTransformer2DModel:
-    """A random FLUX transformer over packed 2x2 patches of 16 latent channels, with guidance embedding."""
+def make_transformer(sizes: Sizes, guidance: bool = True) -> FluxTransformer2DModel:
+    """A random FLUX transformer over packed 2x2 patches of 16 latent channels, with guidance embedding or without."""
     with quiet_imports():
         from diffusers import FluxTransformer2DModel
     return FluxTransformer2DModel(
@@ -77,24 +85,25 @@ def make_transformer(sizes: Sizes) -> FluxTransformer2DModel:
         num_attention_heads=sizes.heads,
         joint_attention_dim=sizes.text_width,
         pooled_projection_dim=sizes.text_width,
-        guidance_embeds=True,
+        guidance_embeds=guidance,
         axes_dims_rope=sizes.axes,
     )
 
 
-def make_scheduler() -> FlowMatchEulerDiscreteScheduler:
-    """The sampler's schedule with the constants of the full-size model."""
+def make_scheduler(**changes: Any) -> FlowMatchEulerDiscreteScheduler:
+    """The sampler's schedule with the constants of the full-size FLUX models, changed where a model's differ."""
     with quiet_imports():
         from diffusers import FlowMatchEulerDiscreteScheduler
-    return FlowMatchEulerDiscreteScheduler(
-        num_train_timesteps=1000,
-        shift=3.0,
-        use_dynamic_shifting=True,
-        base_shift=0.5,
-        max_shift=1.15,
-        base_image_seq_len=256,
-        max_image_seq_len=4096,
-    )
+    constants = {
+        "num_train_timesteps": 1000,
+        "shift": 3.0,
+        "use_dynamic_shifting": True,
+        "base_shift": 0.5,
+        "max_shift": 1.15,
+        "base_image_seq_len": 256,
+        "max_image_seq_len": 4096,
+    }
+    return FlowMatchEulerDiscreteScheduler(**(constants | changes))
 
 
 def make_clip(sizes: Sizes, vocab_size: int, end: int, start: int) -> CLIPTextModel:
@@ -159,17 +168,41 @@ def save_kontext(folder: Path, transformer: FluxTransformer2DModel, vae: Autoenc
     """Write a whole Kontext folder; the text encoders and tokenizers are made here, from torch's current seed."""
     with quiet_imports():
         from diffusers import FluxKontextPipeline
+    _save(folder, FluxKontextPipeline, {"transformer": transformer, "vae": vae, "scheduler": make_scheduler()}, sizes)
+
+
+def _save(folder: Path, pipeline: type[DiffusionPipeline], parts: dict[str, Any], sizes: Sizes) -> None:
+    """Write a FLUX folder of ``pipeline``'s layout: ``parts`` and new text encoders with their tokenizers."""
     tokenizer, tokenizer_2 = clip_tokenizer(), t5_tokenizer()
-    parts = {
-        "scheduler": make_scheduler(),
-        "vae": vae.eval(),
+    text = {
         "text_encoder": make_clip(sizes, len(tokenizer), tokenizer.eos_token_id, tokenizer.bos_token_id),
         "tokenizer": tokenizer,
         "text_encoder_2": make_t5(sizes, len(tokenizer_2)),
         "tokenizer_2": tokenizer_2,
-        "transformer": transformer.eval(),
     }
-    FluxKontextPipeline(**parts).save_pretrained(folder)
+    parts["vae"].eval()
+    parts["transformer"].eval()
+    pipeline(**parts, **text).save_pretrained(folder)
+    forget_origin(folder)
+
+
+def write_folder(
+    folder: Path, pipeline: str, parts: Mapping[str, Any], declared: Mapping[str, str], **options: Any
+) -> None:
+    """Write a model folder part by part, with the ``model_index.json`` of the full-size model.
+
+    ``pipeline`` is the pipeline's class name, ``options`` its own entries in the index. ``declared`` names transformers
+    classes that the index gives instead of a part's own class or for a folder the caller writes: the official
+    processors cannot be made everywhere, so neither can every pipeline.
+    """
+    with quiet_imports():
+        from diffusers import __version__
+    index: dict[str, Any] = {"_class_name": pipeline, "_diffusers_version": __version__, **options}
+    for name, part in parts.items():
+        part.save_pretrained(folder / name)
+        index[name] = [type(part).__module__.partition(".")[0], type(part).__name__]
+    index |= {name: ["transformers", class_name] for name, class_name in declared.items()}
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
     forget_origin(folder)
 
 
@@ -182,38 +215,79 @@ def forget_origin(folder: Path) -> None:
             path.write_text(json.dumps(kept, indent=2, sort_keys=True) + "\n")
 
 
-def build_flux_kontext_random(folder: str | Path, seed: int = 0) -> Path:
-    """Write a random Kontext (2 + 2 blocks, width 32, under 1 MB, fp32) to ``folder``; same seed, same bytes."""
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Draw from torch's global generator as seeded with ``seed``; afterwards it stands where it stood before."""
     import torch
 
-    folder = Path(folder)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        save_kontext(folder, _livened(make_transformer(RANDOM)), make_vae(RANDOM), RANDOM)
+        yield
+
+
+def build_flux_kontext_random(folder: str | Path, seed: int = 0) -> Path:
+    """Write a random Kontext (2 + 2 blocks, width 32, under 1 MB, fp32) to ``folder``; same seed, same bytes."""
+    folder = Path(folder)
+    with seeded(seed):
+        save_kontext(folder, livened(make_transformer(RANDOM)), make_vae(RANDOM), RANDOM)
+    return folder
+
+
+def build_flux_random(folder: str | Path, guidance: bool = True, seed: int = 0) -> Path:
+    """Write a random FLUX.1 (2 + 2 blocks, width 32, under 1 MB, fp32): dev, or schnell without ``guidance``."""
+    with quiet_imports():
+        from diffusers import FluxPipeline
+    folder = Path(folder)
+    with seeded(seed):
+        parts = {
+            "transformer": livened(make_transformer(RANDOM, guidance)),
+            "vae": make_vae(RANDOM, shift_factor=0.1159, scaling_factor=0.3611),
+            "scheduler": make_scheduler() if guidance else make_scheduler(use_dynamic_shifting=False, shift=1.0),
+        }
+        _save(folder, FluxPipeline, parts, RANDOM)
     return folder
 
 
 def build_flux_kontext_base(folder: str | Path, seed: int = 0) -> Path:
     """Write the demo model as it was before pretraining: a random transformer, everything else as shipped."""
-    import torch
-
     folder = Path(folder)
     shutil.copytree(PRETRAINED, folder, ignore=shutil.ignore_patterns("transformer"), dirs_exist_ok=True)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         make_transformer(BASE).save_pretrained(folder / "transformer")
     forget_origin(folder)
     return folder
 
 
-def _livened(transformer: FluxTransformer2DModel) -> FluxTransformer2DModel:
-    """Give every weight matrix unit gain: with the default small ones a wrong id or prompt hardly shows."""
+def livened(network: Network, sharpness: float = 1.0) -> Network:
+    """Give every weight unit gain: with the default small ones a wrong id or prompt hardly shows.
+
+    ``sharpness`` multiplies the attention scores: above 1 a position sees few others clearly, not the mean of all.
+    """
     import torch
 
     with torch.no_grad():
-        for name, weight in transformer.named_parameters():
-            if weight.dim() == 2:
-                weight.normal_(std=weight.shape[1] ** -0.5)
+        for name, weight in network.named_parameters():
+            if name.endswith("weight") and weight.dim() >= 2:
+                weight.normal_(std=weight[0].numel() ** -0.5)
             elif name.endswith("bias"):
                 weight.normal_(std=0.02)
-    return transformer
+            if name.endswith(_QUERY_SCALES):
+                weight.mul_(sharpness)
+    return network
+
+
+def livened_encoder(encoder: Network, layers: int) -> Network:
+    """``livened`` for a language model of ``layers`` layers: words stay distinct through all of its depth.
+
+    Embeddings have unit size, and what each layer adds is small enough that all layers together add about as much.
+    """
+    import torch
+
+    livened(encoder, SHARPNESS)
+    with torch.no_grad():
+        for name, weight in encoder.named_parameters():
+            if name.endswith("embed_tokens.weight"):
+                weight.normal_()
+            elif name.endswith(("o_proj.weight", "down_proj.weight")):
+                weight.mul_((2 * layers) ** -0.5)
+    return encoder.eval()

@@ -18,10 +18,11 @@ def mask_to_grid(mask: Tensor, vae_scale: int, patch: int) -> Tensor:
     return functional.max_pool2d(pooled, patch)[0, 0]
 
 
-def mask_weights(edit_mask: Tensor, foreground: float, background: float, patch: int) -> Tensor:
-    """``[B, H/p, W/p]`` mask → ``[B, 1, h, w]`` weights on the latents' grid; NaN (no mask) weighs 1."""
+def mask_weights(edit_mask: Tensor, foreground: float, background: float, height: int) -> Tensor:
+    """``[B, H/p, W/p]`` mask → ``[B, 1, h, w]`` weights, ``height`` = h of the latents; NaN (no mask) weighs 1."""
     weights = foreground * edit_mask + background * (1 - edit_mask)
     weights = torch.where(edit_mask.isnan(), torch.ones_like(weights), weights)
+    patch = height // edit_mask.shape[-2]  # latents may be patchified already, then a position is one of theirs
     return weights.repeat_interleave(patch, -2).repeat_interleave(patch, -1)[:, None]
 
 

@@ -78,12 +78,12 @@ def sigma_weighting(scheme: str, sigma: Tensor) -> Tensor | None:
 
 
 def flow_matching_loss(
-    prediction: Tensor, noised: Noised, edit_mask: Tensor | None, loss: LossConfig, weighting: str, patch: int
+    prediction: Tensor, noised: Noised, edit_mask: Tensor | None, loss: LossConfig, weighting: str
 ) -> Tensor:
     """Loss of each sample, ``[B]`` fp32. prediction ``[B, C, h, w]`` · edit_mask ``[B, H/p, W/p]`` or None."""
     elementwise: Callable[..., Tensor] = LOSSES[loss.name]
     error = elementwise(prediction.float(), noised.target, loss)
     weights = None
     if loss.mask_loss and edit_mask is not None:
-        weights = mask_weights(edit_mask, loss.foreground_weight, loss.background_weight, patch)
+        weights = mask_weights(edit_mask, loss.foreground_weight, loss.background_weight, error.shape[-2])
     return reduce_per_sample(error, weights, sigma_weighting(weighting, noised.sigma), loss.normalize)

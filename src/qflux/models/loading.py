@@ -126,7 +126,7 @@ def load_module(cls: type, folder: Path, component: str, dtype: torch.dtype, **o
     ``cls`` is a class of diffusers or transformers; ``options`` go to ``from_pretrained`` as they are.
     """
     _refuse_pickles(folder / component)
-    with _no_bars():
+    with quiet_libraries():
         module = cls.from_pretrained(  # type: ignore[attr-defined]
             folder, subfolder=component, dtype=dtype, use_safetensors=True, local_files_only=True, **options
         )
@@ -134,8 +134,8 @@ def load_module(cls: type, folder: Path, component: str, dtype: torch.dtype, **o
 
 
 @contextlib.contextmanager
-def _no_bars() -> Iterator[None]:
-    """Hide the libraries' own progress bars and notes while a component loads."""
+def quiet_libraries() -> Iterator[None]:
+    """Hide the libraries' own progress bars and notes: while a component loads, while a picture is drawn."""
     with quiet_imports():
         from diffusers.utils import logging as diffusers_logging
         from transformers.utils import logging as transformers_logging
@@ -170,7 +170,7 @@ def free(*modules: Any) -> None:
 
 def load_plain(cls: type, folder: Path, component: str) -> Any:
     """Load a component that is no network: a tokenizer, an image processor or a scheduler."""
-    with _no_bars():
+    with quiet_libraries():
         return cls.from_pretrained(folder, subfolder=component, local_files_only=True)  # type: ignore[attr-defined]
 
 
@@ -191,5 +191,5 @@ def meta_module(folder: Path, component: str) -> torch.nn.Module | None:
     cls = getattr(diffusers, str(config.get("_class_name")), None)
     if cls is None:
         return None
-    with _no_bars(), torch.device("meta"):
+    with quiet_libraries(), torch.device("meta"):
         return cls.from_config(config)

@@ -163,7 +163,7 @@ def cached_loss(subject: Subject) -> Difference:
     count = min(PAIRS, len(dataset))
     cache = cache_manager(trainer, DigestMemo(subject.folder / "digests.json"))
     specs = [dataset.spec(index) for index in range(count)]
-    specs += [replace(spec, prompt="") for spec in specs]
+    specs += [replace(spec, prompt=trainer.family.empty_prompt) for spec in specs]
     fill_cache(trainer, cache, specs, lambda i: dataset.load(i % count))
     dropout, shift = trainer.config.data.caption_dropout_rate, Shift.of(trainer)
     losses = []

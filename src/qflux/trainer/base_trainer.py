@@ -81,7 +81,7 @@ class BaseTrainer(ABC):
 
     @property
     def text_length(self) -> int:
-        """Text tokens that the encoders see."""
+        """Text tokens to which prompts are cut or padded; 0 where the family takes them whole."""
         return self.config.data.max_sequence_length or self.family.text_length
 
     def fit(self, stop: StopSignal, resume: str | None = None) -> None:
@@ -107,7 +107,7 @@ class BaseTrainer(ABC):
         with torch.autocast(noised.x_t.device.type, dtype=lower, enabled=full):
             prediction = self.predict(model, noised, batch)
         weighting = train.sigma.weighting
-        return flow_matching_loss(prediction, noised, batch.edit_mask, train.loss, weighting, self.family.patch)
+        return flow_matching_loss(prediction, noised, batch.edit_mask, train.loss, weighting)
 
     def cache(self, stop: StopSignal) -> None:
         """Encode everything that the config's data set and samples need, and stop."""

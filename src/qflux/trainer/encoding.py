@@ -125,7 +125,7 @@ class SampleReader:
         """The sample's spec with this epoch's caption dropout applied."""
         spec = self.dataset.spec(index)
         if uniform(self.trainer.config.train.seed, Purpose.DROPOUT, epoch, index) < self.dropout:
-            return replace(spec, prompt="")
+            return replace(spec, prompt=self.trainer.family.empty_prompt)
         return spec
 
     def read(self, epoch: int, index: int) -> EncodedSample:
@@ -158,7 +158,7 @@ def wanted_specs(trainer: BaseTrainer, dataset: EditDataset) -> list[SampleSpec]
     """Specs of every sample once, and of each with the empty prompt where captions are dropped."""
     specs = [spec for spec in dataset.specs if spec is not None]
     if trainer.config.data.caption_dropout_rate > 0:
-        specs += [replace(spec, prompt="") for spec in specs]
+        specs += [replace(spec, prompt=trainer.family.empty_prompt) for spec in specs]
     return specs
 
 

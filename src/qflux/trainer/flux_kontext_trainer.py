@@ -1,11 +1,14 @@
-"""FLUX.1 Kontext: text to image and edits with any number of controls (FluxKontextPipeline)."""
+"""FLUX.1 Kontext: text to image and edits with any number of controls; FLUX.1 dev and schnell without controls."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from qflux.io.quiet import quiet_imports
+from qflux.models.patches import pack, unpack
+from qflux.models.sigma_shift import linear_mu
 from qflux.trainer.base_trainer import BaseTrainer
 from qflux.types import Batch, EditSample, EncodedSample, EncodeStage, Family, Noised, Size
 
@@ -28,13 +31,6 @@ def preferred_size(size: Size) -> Size:
     return height, width
 
 
-def dynamic_mu(scheduler: Mapping[str, Any], positions: int) -> float:
-    """μ of the pipeline's ``calculate_shift``: linear in the number of predicted positions."""
-    low, high = scheduler.get("base_image_seq_len", 256), scheduler.get("max_image_seq_len", 4096)
-    base, top = scheduler.get("base_shift", 0.5), scheduler.get("max_shift", 1.15)
-    return base + (top - base) / (high - low) * (positions - low)
-
-
 class FluxKontextTrainer(BaseTrainer):
     """LoRA or full fine-tuning of FluxTransformer2DModel on edit pairs; controls have position index 1, 2, …"""
 
@@ -46,9 +42,10 @@ class FluxKontextTrainer(BaseTrainer):
             EncodeStage("text_encoder", ("tokenizer", "text_encoder"), "text"),
             EncodeStage("text_encoder_2", ("tokenizer_2", "text_encoder_2"), "text"),
         ),
+        folder="flux",
         controls=(0, 8),
         control_size=preferred_size,
-        sigma_mu=dynamic_mu,
+        sigma_mu=linear_mu,
         adapter_targets={
             "attention": _ATTENTION,
             "attention+mlp": _ATTENTION + _TEXT_ATTENTION + _MLP,
@@ -138,11 +135,13 @@ class FluxKontextTrainer(BaseTrainer):
 
     def pipeline(self, components: Mapping[str, Any]) -> Any:
         """See BaseTrainer; for two and more controls a subclass that overrides only ``prepare_latents``."""
+        return _pipeline_class()(**self._parts(components))
+
+    @staticmethod
+    def _parts(components: Mapping[str, Any]) -> dict[str, Any]:
         names = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
-        return _pipeline_class()(
-            **{name: components.get(name) for name in names},
-            **{name: components[name] for name in ("scheduler", "vae", "transformer")},
-        )
+        needed = {name: components[name] for name in ("scheduler", "vae", "transformer")}
+        return needed | {name: components.get(name) for name in names}
 
     def call_kwargs(self, sample: EditSample) -> dict[str, Any]:
         """See BaseTrainer; controls are sized already, so the pipeline's own resizing is switched off or a no-op."""
@@ -156,21 +155,6 @@ class FluxKontextTrainer(BaseTrainer):
             "_auto_resize": self.config.data.control_plan == "pipeline",
             "pipeline.more_controls": sample.controls[1:],
         }
-
-
-def pack(latents: Tensor) -> Tensor:
-    """``[B, C, h, w]`` → ``[B, h/2 · w/2, 4C]``: one token a 2×2 patch, rows first."""
-    batch, channels, height, width = latents.shape
-    patches = latents.reshape(batch, channels, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)
-    return patches.reshape(batch, (height // 2) * (width // 2), channels * 4)
-
-
-def unpack(tokens: Tensor, size: Sequence[int]) -> Tensor:
-    """The inverse of ``pack``; ``size`` is the latents' (h, w)."""
-    height, width = size
-    batch, _, channels = tokens.shape
-    patches = tokens.reshape(batch, height // 2, width // 2, channels // 4, 2, 2).permute(0, 3, 1, 4, 2, 5)
-    return patches.reshape(batch, channels // 4, height, width)
 
 
 def position_ids(shape: torch.Size, index: int) -> Tensor:
@@ -205,3 +189,27 @@ def _pipeline_class() -> type:
             return latents, tokens, ids, control_ids
 
     return KontextWithControls
+
+
+class FluxTrainer(FluxKontextTrainer):
+    """FLUX.1 dev and schnell: text to image with the same network and encoders, no controls (FluxPipeline)."""
+
+    family = replace(
+        FluxKontextTrainer.family,
+        name="flux",
+        pipeline_class="FluxPipeline",
+        controls=(0, 0),
+        sisters=dict.fromkeys(range(1, 9), "FluxKontext"),
+        control_size=None,
+    )
+
+    def pipeline(self, components: Mapping[str, Any]) -> Any:
+        """See BaseTrainer."""
+        with quiet_imports():
+            from diffusers import FluxPipeline
+        return FluxPipeline(**self._parts(components))
+
+    def call_kwargs(self, sample: EditSample) -> dict[str, Any]:
+        """See BaseTrainer."""
+        height, width = sample.sizes.target.size
+        return {"height": height, "width": width, "max_sequence_length": self.text_length}

@@ -213,6 +213,10 @@ def build_run(trainer: BaseTrainer, opened: Opened, stop: StopSignal) -> Run:
             ensure_cached(trainer, cache, dataset, stop)
     held_out = SampleReader(trainer, datasets[1], cache) if len(datasets) > 1 else None
     shift = setup.Shift.of(trainer)
+    if config.train.sigma.shift != "none":
+        told = shift.text(key[0] for key in datasets[0].counts())
+        say(told)
+        folder.note(told)
     validation = Validation.of(trainer, cache, held_out, stop)
     batch = setup.samples_per_step(trainer, place.processes)
     stop.poll()

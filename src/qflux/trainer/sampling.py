@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,12 @@ from qflux.trainer.state import Weights
 from qflux.types import EditSample
 from qflux.validation.comparison import encode_texts
 from qflux.validation.held_out import HeldOut
-from qflux.validation.validation_sampler import ValidationSampler, load_drawing_parts
+from qflux.validation.validation_sampler import (
+    ValidationSampler,
+    classifier_free,
+    load_drawing_parts,
+    with_negative,
+)
 
 if TYPE_CHECKING:
     from qflux.data.cache_manager import CacheManager
@@ -47,13 +52,18 @@ def validation_samples(
         return list(zip(samples, encode_texts(trainer, samples), strict=True))
     texts = text_stages(cache)
     specs = [spec for spec, _ in pairs]
+    if classifier_free(trainer):
+        specs += [replace(spec, prompt=trainer.family.empty_prompt) for spec in specs]
     if not fill and any(texts.missing(specs).values()):
         raise UserError(
             "cache.on_missing: found prompts of logging.validation.samples that are not encoded, expected none; encode "
             "them once with --cache, or set cache.on_missing: fill"
         )
-    fill_cache(trainer, texts, specs, lambda i: pairs[i][1], stop=stop)
-    return [(sample, texts.get(spec).text) for spec, sample in pairs]
+    fill_cache(trainer, texts, specs, lambda i: pairs[i % len(pairs)][1], stop=stop)
+    found = [texts.get(spec).text for spec in specs]
+    if len(found) > len(pairs):
+        found = [with_negative(*pair) for pair in zip(found[: len(pairs)], found[len(pairs) :], strict=True)]
+    return [(sample, text) for (_, sample), text in zip(pairs, found, strict=True)]
 
 
 def make_sampler(trainer: BaseTrainer, samples: Sequence[TextSample]) -> ValidationSampler:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +30,8 @@ from qflux.types import TrainState
 
 if TYPE_CHECKING:
     from qflux.trainer.base_trainer import BaseTrainer
+
+_SHOWN_SHIFTS = 6
 
 
 def open_datasets(trainer: BaseTrainer) -> list[EditDataset]:
@@ -182,7 +184,14 @@ class Shift:
         if not self.scheduler.get("use_dynamic_shifting") or family.sigma_mu is None:
             return float(self.scheduler.get("shift", 1.0))
         positions = (size[0] // family.size_multiple) * (size[1] // family.size_multiple)
-        return math.exp(family.sigma_mu(self.scheduler, positions))
+        mu = family.sigma_mu(self.scheduler, positions, self.trainer.config.train.sigma.shift_steps)
+        return mu if self.scheduler.get("time_shift_type") == "linear" else math.exp(mu)
+
+    def text(self, sizes: Iterable[tuple[int, int]]) -> str:
+        """One line for people: the shift of each target size."""
+        told = [f"{self(size):.4g} for {size[0]}x{size[1]}" for size in sorted(set(sizes))]
+        more = f" and {len(told) - _SHOWN_SHIFTS} more sizes" if len(told) > _SHOWN_SHIFTS else ""
+        return f"sigma shift {', '.join(told[:_SHOWN_SHIFTS])}{more}"
 
 
 def open_cache(trainer: BaseTrainer, memo: DigestMemo) -> CacheManager | None:

@@ -21,7 +21,13 @@ from qflux.models.adapters import rounded_copy
 from qflux.models.loading import free
 from qflux.types import EditSample
 from qflux.validation.metrics import mask_iou, psnr, ssim
-from qflux.validation.validation_sampler import draw_picture, load_drawing_parts, save_png
+from qflux.validation.validation_sampler import (
+    classifier_free,
+    draw_picture,
+    load_drawing_parts,
+    save_png,
+    with_negative,
+)
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -35,6 +41,15 @@ SHEET_ROWS = 16
 
 
 def encode_texts(trainer: Any, samples: Sequence[EditSample]) -> list[dict[str, Tensor]]:
+    """Text tensors that drawing each sample needs, those of the empty prompt among them where guidance asks for it."""
+    if not classifier_free(trainer):
+        return _encode_texts(trainer, samples)
+    empty = [replace(sample, prompt=trainer.family.empty_prompt) for sample in samples]
+    texts = _encode_texts(trainer, [*samples, *empty])
+    return [with_negative(*pair) for pair in zip(texts[: len(samples)], texts[len(samples) :], strict=True)]
+
+
+def _encode_texts(trainer: Any, samples: Sequence[EditSample]) -> list[dict[str, Tensor]]:
     """Text tensors of each sample; one stage of encoders loaded at a time and freed, equal prompts encoded once."""
     texts: list[dict[str, Tensor]] = [{} for _ in samples]
     for stage in trainer.family.stages:

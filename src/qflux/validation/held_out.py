@@ -56,5 +56,4 @@ class HeldOut:
         noised = add_noise(batch.target, noise.expand(batch.target.shape), sigma)
         prediction = trainer.predict(model, noised, batch)
         train = trainer.config.train
-        patch = trainer.family.patch
-        return flow_matching_loss(prediction, noised, batch.edit_mask, train.loss, "none", patch)
+        return flow_matching_loss(prediction, noised, batch.edit_mask, train.loss, "none")

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from qflux.data.feeder import collate, to_device
 from qflux.io.quiet import quiet_imports
+from qflux.models.loading import quiet_libraries
 from qflux.types import EditSample, EncodedSample, Noised
 from qflux.validation.validation_sampler import call_pipeline
 
@@ -117,7 +118,7 @@ def record_transformer_calls(
     ``arguments`` the keyword arguments · ``output`` the network's output ``[B, L, D]`` · ``sigma`` the noise level.
     """
     filled = {key: value for key, value in kwargs.items() if value or not key.startswith(PIPELINE_KEY)}
-    with recorded(pipe, network) as calls:
+    with recorded(pipe, network) as calls, quiet_libraries():
         call_pipeline(pipe, filled, **extra, output_type="latent")
     return calls
 
@@ -125,13 +126,17 @@ def record_transformer_calls(
 def record_sample(
     trainer: Any, pipe: Any, sample: EditSample, *, seed: int, steps: int, **extra: Any
 ) -> list[dict[str, Any]]:
-    """``record_transformer_calls`` for one sample: the pipeline itself encodes its prompt and controls."""
+    """``record_transformer_calls`` for one sample: the pipeline itself encodes its prompt and controls.
+
+    Classifier-free guidance is off: it would call the network twice a step, with nothing that training does not see.
+    """
+    family = trainer.family
     return record_transformer_calls(
         pipe,
         trainer.call_kwargs(sample),
-        trainer.family.denoiser,
+        family.denoiser,
         prompt=sample.prompt,
-        guidance_scale=trainer.config.train.guidance_scale,
+        **{family.guidance: 1.0 if family.classifier_free else trainer.config.train.guidance_scale},
         num_inference_steps=steps,
         generator=torch.Generator("cpu").manual_seed(seed),
         **extra,
@@ -154,7 +159,11 @@ def latents_of(pipe: Any, tokens: Tensor, sample: EncodedSample) -> Tensor:
         return tokens
     height, width = sample.sizes.target.size
     scale = pipe.vae_scale_factor
-    count = (height // (2 * scale)) * (width // (2 * scale))
+    rows, columns = height // (2 * scale), width // (2 * scale)
+    count = rows * columns
+    if hasattr(pipe, "_unpack_latents_with_ids"):
+        ids = pipe._prepare_latent_ids(tokens.new_zeros(len(tokens), tokens.shape[-1], rows, columns))
+        return pipe._unpack_latents_with_ids(tokens[:, :count], ids)
     latents = pipe._unpack_latents(tokens[:, :count], height, width, scale)
     return latents.squeeze(2) if latents.ndim == 5 else latents
 

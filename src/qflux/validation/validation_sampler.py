@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ from PIL import Image
 from qflux.data.sheet import contact_sheet
 from qflux.io.atomic import atomic_path, write_json
 from qflux.io.progress import Progress, say
+from qflux.models.loading import quiet_libraries
 from qflux.types import EditSample
 from qflux.validation.metrics import psnr
 
@@ -40,6 +42,16 @@ def call_pipeline(pipe: Any, kwargs: Mapping[str, Any], **extra: Any) -> Any:
     return pipe(**plain, **extra)
 
 
+def classifier_free(trainer: Any) -> bool:
+    """Whether validation pictures are drawn with classifier-free guidance: the pipeline then needs the empty prompt."""
+    return trainer.family.classifier_free and trainer.config.logging.validation.guidance_scale > 1
+
+
+def with_negative(text: Mapping[str, Tensor], empty: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A prompt's text tensors and, as the pipelines name them, those of the empty prompt."""
+    return {**text, **{f"negative_{name}": tensor for name, tensor in empty.items()}}
+
+
 def draw_picture(
     trainer: Any,
     pipe: Any,
@@ -55,12 +67,14 @@ def draw_picture(
     given: dict[str, Any] = {"prompt": sample.prompt}
     if text is not None:
         given = {name: tensor[None].to(trainer.device) for name, tensor in text.items()}
-    with torch.no_grad():
+    elif classifier_free(trainer) and "negative_prompt" in inspect.signature(pipe.__call__).parameters:
+        given["negative_prompt"] = trainer.family.empty_prompt
+    given[trainer.family.guidance] = trainer.config.logging.validation.guidance_scale
+    with torch.no_grad(), quiet_libraries():
         result = call_pipeline(
             pipe,
             trainer.call_kwargs(sample),
             **given,
-            guidance_scale=trainer.config.logging.validation.guidance_scale,
             num_inference_steps=steps,
             generator=torch.Generator("cpu").manual_seed(seed),
             **extra,
