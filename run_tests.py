@@ -40,7 +40,7 @@ def check(args: argparse.Namespace, trainers: dict[str, Any]) -> int:
     unknown = set(args.test) - known - {name.partition("/")[2] for name in known}
     if unknown:
         raise UserError(f"--test: found {', '.join(sorted(unknown))}, expected a name that --list prints")
-    for name in [name for name, cls in trainers.items() if cls.family.name not in demo.MODELS]:
+    for name in [name for name, cls in trainers.items() if cls.family.name not in demo.DEMOS]:
         say(f"{name} has no demo and is left out")
         del trainers[name]
     results = selftest.run_tests(trainers, args.test)

@@ -1,12 +1,15 @@
-"""The demo: a tiny pretrained model, its pictures and a config, made without a download.
+"""Demos: a tiny model, its pictures and a config, made without a download.
 
 ``make(name, folder)`` writes ``model/``, ``data/train``, ``data/held_out`` and ``config.yaml``, runnable as they stand.
+The first demo's model is pretrained and learns its task; the others have random weights in the layout of the real ones.
 """
 
 from __future__ import annotations
 
+import importlib
+import re
 import shutil
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from qflux.errors import UserError
@@ -17,12 +20,47 @@ SEED = 2024
 TRAINING, HELD_OUT = 64, 64  # pairs; no scene is in both
 
 
-def _pretrained(folder: Path) -> None:
-    shutil.copytree(HERE / "flux_kontext", folder, dirs_exist_ok=True)
+@dataclass(frozen=True)
+class Demo:
+    """One demo. ``build``: module and function that write the model's folder; None copies the pretrained one.
+
+    ``edits``: whether its pictures have controls; ``cuts``: whether its family cuts prompts to a length.
+    """
+
+    trainer: str
+    build: str | None = None
+    edits: bool = True
+    cuts: bool = True
+
+    def write_model(self, folder: Path) -> None:
+        """The model's folder."""
+        if self.build is None:
+            shutil.copytree(HERE / "flux_kontext", folder, dirs_exist_ok=True)
+            return
+        from qflux.models.loading import quiet_libraries
+
+        module, _, function = self.build.partition(":")
+        with quiet_libraries():
+            getattr(importlib.import_module(f"qflux.demo.{module}"), function)(folder)
+
+    def config(self) -> str:
+        """The config's text."""
+        source = "demo.yaml" if self.build is None else "random.yaml"
+        text = (HERE / source).read_text(encoding="utf-8").replace("trainer: TRAINER", f"trainer: {self.trainer}")
+        if not self.edits:
+            text = re.sub(r"controls: \[[^]]*\], ", "", text)
+        return text if self.cuts else re.sub(r" *max_sequence_length: .*\n", "", text)
 
 
-MODELS: dict[str, Callable[[Path], None]] = {"flux_kontext": _pretrained}
-TRAINERS = {"flux_kontext": "FluxKontext"}
+DEMOS = {
+    "flux_kontext": Demo("FluxKontext"),
+    "flux": Demo("Flux", "tiny_models:build_flux_random", edits=False),
+    "flux2": Demo("Flux2", "tiny_flux2:build_flux2_random"),
+    "flux2_klein": Demo("Flux2Klein", "tiny_flux2:build_flux2_klein_random"),
+    "qwen_image": Demo("QwenImage", "tiny_qwen:build_qwen_image_random", edits=False),
+    "qwen_image_edit": Demo("QwenImageEdit", "tiny_qwen:build_qwen_image_edit_random", cuts=False),
+    "qwen_image_edit_plus": Demo("QwenImageEditPlus", "tiny_qwen:build_qwen_image_edit_plus_random", cuts=False),
+}
 
 
 def make(name: str, folder: Path) -> Path:
@@ -32,16 +70,14 @@ def make(name: str, folder: Path) -> Path:
     """
     from qflux.demo.shapes import write_pairs
 
-    if name not in MODELS:
-        raise UserError(f"qflux.demo: found {name!r}, expected one of {', '.join(MODELS)}")
-    known = {"model", "data", "config.yaml", "runs", "cache"}
+    if name not in DEMOS:
+        raise UserError(f"qflux.demo: found {name!r}, expected one of {', '.join(DEMOS)}")
+    demo, known = DEMOS[name], {"model", "data", "config.yaml", "runs", "cache"}
     others = sorted(path.name for path in folder.iterdir() if path.name not in known) if folder.is_dir() else []
     if others:
         raise UserError(f"{folder}: found {', '.join(others)}, expected an empty or a demo's folder; choose another")
-    MODELS[name](folder / "model")
-    write_pairs(folder / "data" / "train", TRAINING, SEED)
-    write_pairs(folder / "data" / "held_out", HELD_OUT, SEED, start=TRAINING)
-    text = (HERE / "demo.yaml").read_text(encoding="utf-8")
-    config = folder / "config.yaml"
-    write_text(config, text.replace("trainer: FluxKontext", f"trainer: {TRAINERS[name]}"))
-    return config
+    demo.write_model(folder / "model")
+    write_pairs(folder / "data" / "train", TRAINING, SEED, controls=demo.edits)
+    write_pairs(folder / "data" / "held_out", HELD_OUT, SEED, start=TRAINING, controls=demo.edits)
+    write_text(folder / "config.yaml", demo.config())
+    return folder / "config.yaml"

@@ -7,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-from qflux.demo import MODELS, make
+from qflux.demo import DEMOS, make
 from qflux.errors import QfluxError, UserError
 from qflux.io.progress import say
 
@@ -26,7 +26,7 @@ def run_demo(folder: Path) -> None:
     """check → cache → train → samples → metrics → report, each by its own command."""
     config = folder / "config.yaml"
     if not config.is_file():
-        raise UserError(f"{config}: not there; write it first with: python -m qflux.demo {next(iter(MODELS))} {folder}")
+        raise UserError(f"{config}: not there; write it first with: python -m qflux.demo {next(iter(DEMOS))} {folder}")
     command = ("-m", "qflux.main", "--config", str(config))
     _call(*command, "--check")
     _call(*command, "--cache")
@@ -40,7 +40,7 @@ def run_demo(folder: Path) -> None:
 def main(argv: list[str]) -> int:
     """Parse and run; expected failures are one line and code 2."""
     if len(argv) != 2:
-        print(f"usage: python -m qflux.demo {{{'|'.join(MODELS)}|run}} DIR", file=sys.stderr)
+        print(f"usage: python -m qflux.demo {{{'|'.join(DEMOS)}|run}} DIR", file=sys.stderr)
         return UserError.exit_code
     name, folder = argv[0], Path(argv[1])
     try:

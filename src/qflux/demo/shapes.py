@@ -127,24 +127,33 @@ def pairs(task: Task, seed: int, size: int = SIZE) -> Iterator[Pair]:
 
 
 def write_pairs(
-    folder: str | Path, count: int, seed: int, task: Task = "segment", *, start: int = 0, size: int = SIZE
+    folder: str | Path,
+    count: int,
+    seed: int,
+    task: Task = "segment",
+    *,
+    start: int = 0,
+    size: int = SIZE,
+    controls: bool = True,
 ) -> list[Pair]:
     """Write pairs ``start .. start + count`` of the stream as a plain data set folder; return them.
 
     ``training_images/`` holds ``<stem>.png`` (the answer), ``<stem>.txt`` (the prompt) and ``<stem>_mask.png`` (the
-    shape's area); ``control_images/`` the scene before the edit. Ranges that do not overlap share no scene.
+    shape's area); ``control_images/`` the scene before the edit, unless ``controls`` is off. Ranges that do not overlap
+    share no scene.
     """
     folder = Path(folder)
-    targets, controls = folder / "training_images", folder / "control_images"
-    targets.mkdir(parents=True, exist_ok=True)
-    controls.mkdir(parents=True, exist_ok=True)
+    targets, before = folder / "training_images", folder / "control_images"
+    for part in (targets, before) if controls else (targets,):
+        part.mkdir(parents=True, exist_ok=True)
     written = list(islice(pairs(task, seed, size), start, start + count))
     for number, pair in enumerate(written, start):
         stem = f"{number:05d}"
         pair.after.image().save(targets / f"{stem}.png")
         pair.after.mask().save(targets / f"{stem}_mask.png")
         (targets / f"{stem}.txt").write_text(pair.prompt + "\n", encoding="utf-8")
-        pair.before.image().save(controls / f"{stem}.png")
+        if controls:
+            pair.before.image().save(before / f"{stem}.png")
     return written
 
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from qflux.demo.tokenizers import clip_tokenizer, t5_tokenizer
 from qflux.io.quiet import quiet_imports
+from qflux.models.loading import quiet_libraries
 
 if TYPE_CHECKING:
     import torch
@@ -182,7 +183,8 @@ def _save(folder: Path, pipeline: type[DiffusionPipeline], parts: dict[str, Any]
     }
     parts["vae"].eval()
     parts["transformer"].eval()
-    pipeline(**parts, **text).save_pretrained(folder)
+    with quiet_libraries():
+        pipeline(**parts, **text).save_pretrained(folder)
     forget_origin(folder)
 
 
@@ -199,7 +201,8 @@ def write_folder(
         from diffusers import __version__
     index: dict[str, Any] = {"_class_name": pipeline, "_diffusers_version": __version__, **options}
     for name, part in parts.items():
-        part.save_pretrained(folder / name)
+        with quiet_libraries():
+            part.save_pretrained(folder / name)
         index[name] = [type(part).__module__.partition(".")[0], type(part).__name__]
     index |= {name: ["transformers", class_name] for name, class_name in declared.items()}
     (folder / "model_index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
@@ -253,7 +256,9 @@ def build_flux_kontext_base(folder: str | Path, seed: int = 0) -> Path:
     folder = Path(folder)
     shutil.copytree(PRETRAINED, folder, ignore=shutil.ignore_patterns("transformer"), dirs_exist_ok=True)
     with seeded(seed):
-        make_transformer(BASE).save_pretrained(folder / "transformer")
+        transformer = make_transformer(BASE)
+        with quiet_libraries():
+            transformer.save_pretrained(folder / "transformer")
     forget_origin(folder)
     return folder
 

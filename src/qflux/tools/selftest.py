@@ -32,18 +32,19 @@ from qflux.trainer.encoding import SampleReader, cache_manager, fill_cache
 from qflux.trainer.setup import Shift
 from qflux.types import EditSample, EncodedSample, Size
 from qflux.validation import oracle
-from qflux.validation.comparison import draw_picture, text_table
+from qflux.validation.comparison import draw_picture, encode_texts, text_table
 from qflux.validation.oracle import Difference
 
 STEPS = 5  # noise levels
 EXACT, FP32, BF16 = 0.0, 1e-5, 5e-2
-SOURCES: tuple[Size, ...] = ((64, 64), (48, 80), (64, 48), (80, 64))  # target and first control, further controls
+SOURCES: tuple[Size, ...] = ((96, 96), (64, 128), (128, 64), (96, 80))  # target and first control, further controls
+CONTROL_COUNTS = (0, 1, 2, 3)
 PROMPT = "make the circle red"
 PAIRS = 8  # of the demo's data, for the losses
 OVERRIDES = (
     "model.lora={r: 4, lora_alpha: 8}",
     "data.caption_dropout_rate=0.3",
-    "data.max_sequence_length=32",
+    "data.target_size=[96, 96]",
     "train.guidance_scale=2.0",
     "train.loss.mask_loss=true",
 )
@@ -81,7 +82,8 @@ class Subject:
 
     def trainer(self, precision: str = "no") -> Any:
         """A trainer in fp32, or with ``precision`` bf16."""
-        config = load_config(self.config_file, [*OVERRIDES, f"train.mixed_precision={precision}"])
+        short = ["data.max_sequence_length=32"] if self.cls.family.text_length else []
+        config = load_config(self.config_file, [*OVERRIDES, *short, f"train.mixed_precision={precision}"])
         folder, device = resolve_model(config.model.pretrained_model_name_or_path), torch.device("cpu")
         return self.cls(config, folder, dtype=torch_dtype(config.train.mixed_precision), device=device)
 
@@ -104,13 +106,18 @@ def drawn_sample(trainer: Any, controls: int, seed: int = 0, prompt: str = PROMP
     target, *rest = (
         apply_resize(picture, plan) for picture, plan in zip(pictures, (sizes.target, *sizes.controls), strict=True)
     )
-    return EditSample(target, rest, prompt, None, f"drawn-{seed}", "", sizes)
+    # As the pipeline makes them: from the control that it is given.
+    seen = [
+        apply_resize(control, replace(plan, box=(0.0, 0.0, float(control.width), float(control.height))))
+        for control, plan in zip(rest, sizes.text_controls, strict=False)
+    ]
+    return EditSample(target, rest, prompt, None, f"drawn-{seed}", "", sizes, seen)
 
 
 def control_counts(cls: type[Any]) -> list[int]:
-    """Of 0, 1 and 2 controls those that the family takes."""
+    """Of 0 to 3 controls those that the family takes."""
     least, most = cls.family.controls
-    return [count for count in (0, 1, 2) if least <= count <= most]
+    return [count for count in CONTROL_COUNTS if least <= count <= most]
 
 
 def velocity(subject: Subject, controls: int, batch: int = 1) -> Difference:
@@ -130,7 +137,7 @@ def velocity_bf16(subject: Subject, controls: int) -> Difference:
 
 
 def bf16_against_fp32(subject: Subject, controls: int) -> Difference:
-    """Training velocity in bf16 against fp32, at noise levels that bf16 holds exactly.
+    """Training velocity in bf16 against fp32, at noise levels that bf16 holds exactly: σ and 1000σ, powers of two.
 
     Networks round the timestep they are given; at other levels that alone moves an embedding of high frequency.
     """
@@ -144,8 +151,7 @@ def bf16_against_fp32(subject: Subject, controls: int) -> Difference:
     for one, parts in ((trainer, rounded), (exact, components)):
         encoded = oracle.encode_samples(one, parts, [sample])
         network = parts[exact.family.denoiser]
-        levels = [torch.tensor(1000 * call["sigma"]).bfloat16().item() / 1000 for call in calls]
-        moved = [{**call, "sigma": level} for call, level in zip(calls, levels, strict=True)]
+        moved = [{**call, "sigma": 0.5**k} for k, call in enumerate(calls)]
         velocities.append([oracle.replay(one, network, pipe, encoded, [call])[0] for call in moved])
     return oracle.worst(Difference.of(*pair) for pair in zip(*velocities, strict=True))
 
@@ -210,10 +216,11 @@ def adapter_velocity(subject: Subject, controls: int) -> Difference:
 
 def adapter_picture(subject: Subject, controls: int) -> Difference:
     """A picture drawn while training against the one that a fresh official pipeline draws from the prompt."""
-    with trained_and_reloaded(subject, controls) as (trainer, model, fresh, sample, encoded):
+    with trained_and_reloaded(subject, controls) as (trainer, model, fresh, sample, _):
         parts = {name: part for name, part in fresh.items() if name in trainer.family.drawing}
         pipe = trainer.pipeline({**parts, trainer.family.denoiser: model})
-        ours = draw_picture(trainer, pipe, sample, encoded[0].text, seed=3, steps=STEPS)
+        (text,) = encode_texts(trainer, [sample])
+        ours = draw_picture(trainer, pipe, sample, text, seed=3, steps=STEPS)
         fresh_pipe = oracle.official_pipeline(trainer, fresh, sample)
         theirs = draw_picture(trainer, fresh_pipe, sample, None, seed=3, steps=STEPS)
         first, second = (torch.from_numpy(np.asarray(image).astype(np.int64)) for image in (ours, theirs))

@@ -210,7 +210,7 @@ def argument_difference(
     """
     pipe = official_pipeline(trainer, components, sample)
     encoded = encode_samples(trainer, components, [sample])
-    call = record_sample(trainer, pipe, sample, seed=seed, steps=1)[0]
+    call = record_sample(trainer, pipe, sample, seed=seed, steps=2)[0]  # some schedules are not defined for one
     with recorded(pipe, trainer.family.denoiser) as calls:
         replay(trainer, components[trainer.family.denoiser], pipe, encoded, [call])
     theirs, ours = call["arguments"], calls[0]["arguments"]
