@@ -45,8 +45,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     mode.add_argument("--cache", action="store_true", help="encode everything and stop")
     mode.add_argument("--sample", action="store_true", help="draw the validation samples")
     mode.add_argument("--check", action="store_true", help="check config and data set, write a contact sheet")
-    parser.add_argument("--checkpoint", metavar="DIR", help="with --sample: a checkpoint or a run folder")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="with --sample and --check: where pictures go")
+    mode.add_argument("--export", metavar="FORMAT", help="write an adapter for other tools: comfyui, kohya, diffusers")
+    mode.add_argument("--push", metavar="REPO", help="write what users of the result need and upload it to the hub")
+    parser.add_argument("--checkpoint", metavar="DIR", help="with --sample and --push: a checkpoint or a run folder")
+    parser.add_argument("--adapter", type=Path, metavar="FILE", help="with --export: an adapter or its checkpoint")
+    parser.add_argument("--out", type=Path, metavar="PATH", help="where pictures, export or folder to share go")
     parser.add_argument("--json", action="store_true", help="with --check: print JSON")
     parser.add_argument("--resume", metavar="auto|PATH", help="with training: continue a run")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="override values of the config")
@@ -54,12 +57,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     bad = [word for word in args.overrides if "=" not in word]
     if bad:
         parser.error(f"found {' '.join(bad)}, expected overrides of the form key.path=value")
-    training = not (args.cache or args.sample or args.check)
+    reading = args.sample or args.check or args.export or args.push
     for given, fits, where in (
-        (args.checkpoint, args.sample, "--checkpoint goes with --sample"),
-        (args.out, args.sample or args.check, "--out goes with --sample or --check"),
+        (args.checkpoint, args.sample or args.push, "--checkpoint goes with --sample or --push"),
+        (args.adapter, args.export, "--adapter goes with --export"),
+        (args.export, args.adapter, "--export needs --adapter FILE"),
+        (args.out, reading, "--out goes with --sample, --check, --export or --push"),
         (args.json, args.check, "--json goes with --check"),
-        (args.resume, training, "--resume goes with training"),
+        (args.resume, not (args.cache or reading), "--resume goes with training"),
     ):
         if given and not fits:
             parser.error(where)
@@ -79,12 +84,28 @@ def check(config: Config, trainer_class: type[BaseTrainer], args: argparse.Names
     return DONE if report.ok else UserError.exit_code
 
 
+def share(config: Config, trainer_class: type[BaseTrainer], args: argparse.Namespace) -> int:
+    """``--export`` and ``--push``: the result for other tools, or for other people."""
+    from qflux.models.structures import family_data
+    from qflux.tools.export import export_adapter
+    from qflux.tools.push import newest_run, push
+
+    if args.push:
+        push(Path(args.checkpoint or newest_run(config)), args.push, import_trainer, out=args.out)
+        return DONE
+    package, folder = trainer_class.__module__.rpartition(".")[0], trainer_class.family.folder
+    say(f"wrote {export_adapter(args.adapter, args.export, family_data(package, folder), args.out)}")
+    return DONE
+
+
 def run(args: argparse.Namespace, stop: StopSignal) -> int:
     """One mode, from a valid config on; the config is read before anything heavy is imported."""
     config = load_config(args.config, args.overrides)
     trainer_class = import_trainer(config)
     if args.check:
         return check(config, trainer_class, args)
+    if args.export or args.push:
+        return share(config, trainer_class, args)
     problems = early_problems(config)
     if not args.sample:
         problems += scan_all(config, trainer_class.family)[1]

@@ -178,7 +178,7 @@ class EncodeStage:
 class Family:
     """A model family as data: what shared code must know of it, so that no shared code asks for its name.
 
-    folder          its data beside the trainer's file: real structures, names of layers in other formats
+    folder          its data beside the trainer's file: real structures, names of layers in other formats; empty = none
     vae_scale       pixels a VAE position covers; ``patch`` such positions a side make one predicted position
     controls        smallest and largest number of controls its official pipeline takes
     sisters         number of controls outside that → trainer to use
@@ -199,7 +199,7 @@ class Family:
     name: str
     pipeline_class: str
     stages: tuple[EncodeStage, ...]
-    folder: str | None = None
+    folder: str = ""
     denoiser: str = "transformer"
     vae_scale: int = 8
     patch: int = 2

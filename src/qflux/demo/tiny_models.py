@@ -30,8 +30,9 @@ PRETRAINED = Path(__file__).parent / "flux_kontext"
 # zero), so a token has to carry its neighbours: "circle red" and "background red" must differ at "red".
 _HEAD_OFFSETS = (-1, -2, -3, 1, 2, -4, -5, 3)
 _OFFSET_BIAS = 8.0
-# Weights that scale attention scores: of the normalised query, or where there is no such normalisation its projection.
-_QUERY_SCALES = ("norm_q.weight", "norm_added_q.weight", "norm_added_k.weight", "q_norm.weight", "q_proj.weight")
+# Weights that scale attention scores: of normalised queries, of normalised text keys (few words among many image
+# positions), and where nothing is normalised the query's projection.
+_SCORE_SCALES = ("norm_q.weight", "norm_added_q.weight", "norm_added_k.weight", "q_norm.weight", "q_proj.weight")
 SHARPNESS = 2.0
 
 
@@ -276,7 +277,7 @@ def livened(network: Network, sharpness: float = 1.0) -> Network:
                 weight.normal_(std=weight[0].numel() ** -0.5)
             elif name.endswith("bias"):
                 weight.normal_(std=0.02)
-            if name.endswith(_QUERY_SCALES):
+            if name.endswith(_SCORE_SCALES):
                 weight.mul_(sharpness)
     return network
 

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 _ATTENTION = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0")
 _TEXT_ATTENTION = ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out")
-_MLP = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2", "proj_mlp", "proj_out")
+_SINGLE_MLP = r"single_transformer_blocks\.\d+\.proj_(mlp|out)"  # the network's own proj_out is no block's
+_MLP = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2", _SINGLE_MLP)
 
 
 def preferred_size(size: Size) -> Size:
