@@ -93,8 +93,7 @@ def share(config: Config, trainer_class: type[BaseTrainer], args: argparse.Names
     if args.push:
         push(Path(args.checkpoint or newest_run(config)), args.push, import_trainer, out=args.out)
         return DONE
-    package, folder = trainer_class.__module__.rpartition(".")[0], trainer_class.family.folder
-    say(f"wrote {export_adapter(args.adapter, args.export, family_data(package, folder), args.out)}")
+    say(f"wrote {export_adapter(args.adapter, args.export, family_data(trainer_class), args.out)}")
     return DONE
 
 

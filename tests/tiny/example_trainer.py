@@ -29,6 +29,7 @@ class AuraFlowTrainer(BaseTrainer):
         ),
         controls=(0, 0),
         text_length=256,
+        classifier_free=True,
         adapter_targets={"attention": _ATTENTION, "attention+text": _ATTENTION + _TEXT_ATTENTION},
         block_lists=("joint_transformer_blocks", "single_transformer_blocks"),
     )
@@ -51,12 +52,15 @@ class AuraFlowTrainer(BaseTrainer):
         return load_plain(plain[component], self.folder, component)
 
     def encode(self, parts: Mapping[str, Any], sample: EditSample) -> EncodedSample:
-        """Text is ``[L, D]`` embeddings and ``[L]`` mask, of the prompt and of the empty one that guidance needs."""
+        """Text is ``prompt_embeds [L, D]``, zero behind the prompt's end, and the ``[L]`` mask that says where that is."""
         encoded = EncodedSample(target=None, controls=[], text={}, edit_mask=None, sizes=sample.sizes)
         if "text_encoder" in parts:
-            for name, prompt in (("prompt", sample.prompt), ("negative_prompt", "")):
-                embeds, mask = self._embed(parts["tokenizer"], parts["text_encoder"], prompt)
-                encoded.text |= {f"{name}_embeds": embeds, f"{name}_attention_mask": mask}
+            tokens = parts["tokenizer"](
+                [sample.prompt], padding="max_length", max_length=self.text_length, truncation=True, return_tensors="pt"
+            ).to(self.device)
+            mask = tokens.attention_mask
+            hidden = parts["text_encoder"](tokens.input_ids, attention_mask=mask)[0] * mask[..., None]
+            encoded.text = {"prompt_embeds": hidden[0].to(self.dtype), "prompt_attention_mask": mask[0]}
         if "vae" in parts and sample.target is not None:
             from diffusers.image_processor import VaeImageProcessor
 
@@ -67,14 +71,6 @@ class AuraFlowTrainer(BaseTrainer):
             if self.config.data.vae_posterior == "sample":
                 encoded.target_std = posterior.std[0] * vae.config.scaling_factor
         return encoded
-
-    def _embed(self, tokenizer: Any, encoder: Any, prompt: str) -> tuple[Tensor, Tensor]:
-        """``[L, D]`` embeddings, zero behind the prompt's end, and the ``[L]`` mask that says where that is."""
-        tokens = tokenizer(
-            [prompt], padding="max_length", max_length=self.text_length, truncation=True, return_tensors="pt"
-        ).to(self.device)
-        mask = tokens.attention_mask
-        return (encoder(tokens.input_ids, attention_mask=mask)[0] * mask[..., None])[0].to(self.dtype), mask[0]
 
     def predict(self, model: nn.Module, noised: Noised, batch: Batch) -> Tensor:
         """The network takes latents as they are and cuts them into patches itself."""

@@ -232,7 +232,7 @@ def test_a_wrong_call_shows(judged: tuple[Any, dict[str, Any]], monkeypatch: pyt
     def wrong(model: Any, noised: Noised, batch: Batch) -> Any:
         if fault == "sigma":
             return predict(model, replace(noised, sigma=noised.sigma * 0.999), batch)
-        text = batch.text | {"prompt_embeds": batch.text["negative_prompt_embeds"]}
+        text = batch.text | {"prompt_embeds": batch.text["prompt_embeds"].roll(1, -1)}
         return predict(model, noised, replace(batch, text=text))
 
     monkeypatch.setattr(trainer, "predict", wrong)
@@ -271,7 +271,5 @@ def test_an_encoded_sample_has_the_shapes_the_page_tells(judged: tuple[Any, dict
     assert {name: tensor.ndim for name, tensor in encoded.text.items()} == {
         "prompt_embeds": 2,
         "prompt_attention_mask": 1,
-        "negative_prompt_embeds": 2,
-        "negative_prompt_attention_mask": 1,
     }
     assert set(trainer.encode(components, replace(SAMPLES[0], target=None)).text) == set(encoded.text)

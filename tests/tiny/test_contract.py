@@ -108,6 +108,7 @@ def test_metadata_of_an_adapter(project: Project) -> None:
     assert metadata == {
         "base_model": project.model.name,
         "base_model_revision": "",
+        "network": "flux",
         "rank": "4",
         "alpha": "8",
         "targets": "attention,proj_out",

@@ -216,7 +216,7 @@ def mistral_tokenizer(words: Sequence[str] = WORDS) -> PreTrainedTokenizerFast:
         pad_token="<pad>",
         unk_token="<unk>",
         extra_special_tokens=[mark for mark in MISTRAL_SPECIAL if mark.startswith("[")],
-        padding_side="right",
+        padding_side="left",
         model_max_length=131072,
     )
     tokenizer.chat_template = _MISTRAL_TEMPLATE

@@ -95,6 +95,7 @@ def adapter_info(trainer: BaseTrainer, dataset: EditDataset, step: int) -> dict[
     info = {
         "base_model": Path(name).name if Path(name).exists() else name,
         "base_model_revision": model.revision or "",
+        "network": trainer.family.folder or trainer.family.name,
         "steps": str(step),
         "data_digest": dataset.fingerprint(),
         "qflux_version": __version__,
