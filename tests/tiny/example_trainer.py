@@ -55,11 +55,12 @@ class AuraFlowTrainer(BaseTrainer):
         """Text is ``prompt_embeds [L, D]``, zero behind the prompt's end, and the ``[L]`` mask that says where that is."""
         encoded = EncodedSample(target=None, controls=[], text={}, edit_mask=None, sizes=sample.sizes)
         if "text_encoder" in parts:
-            tokens = parts["tokenizer"](
+            tokenizer, encoder = parts["tokenizer"], parts["text_encoder"]
+            tokens = tokenizer(
                 [sample.prompt], padding="max_length", max_length=self.text_length, truncation=True, return_tensors="pt"
             ).to(self.device)
             mask = tokens.attention_mask
-            hidden = parts["text_encoder"](tokens.input_ids, attention_mask=mask)[0] * mask[..., None]
+            hidden = encoder(tokens.input_ids, attention_mask=mask)[0] * mask[..., None]
             encoded.text = {"prompt_embeds": hidden[0].to(self.dtype), "prompt_attention_mask": mask[0]}
         if "vae" in parts and sample.target is not None:
             from diffusers.image_processor import VaeImageProcessor
