@@ -8,11 +8,11 @@ same box in fractions of the picture, so that pictures of one scene at different
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from qflux.errors import UserError
-from qflux.types import Family, Resize, Size, SizePlan
+from qflux.types import Family, Resize, ShapeKey, Size, SizePlan
 
 Box = tuple[float, float, float, float]
 
@@ -94,6 +94,14 @@ def candidate_size(candidate: Any) -> tuple[Size | None, int]:
     if isinstance(candidate, Sequence) and len(candidate) == 2 and all(isinstance(n, int) and n > 0 for n in candidate):
         return (candidate[0], candidate[1]), candidate[0] * candidate[1]
     raise ValueError('expected an edge length n (area n*n), an area "a*b" or a size [H, W]')
+
+
+def sized_otherwise(shapes: Iterable[ShapeKey], family: Family) -> bool:
+    """Whether some control's size is one that the official pipeline would change by its own rule."""
+    rule = family.control_size
+    return rule is not None and any(
+        round_down(rule(size), family.size_multiple) != size for shape in shapes for size in shape[1:]
+    )
 
 
 def round_down(size: Size, multiple: int) -> Size:

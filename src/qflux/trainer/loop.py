@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from qflux.data.dataset import EditDataset
 from qflux.data.feeder import feed, to_device
+from qflux.data.geometry import sized_otherwise
 from qflux.data.order import Order
 from qflux.errors import BUG, DONE, Interrupted, QfluxError, RunStopped, UserError
 from qflux.io.digests import DigestMemo
@@ -154,7 +155,7 @@ def open_training(trainer: BaseTrainer, resume: str | None) -> Opened:
         say(NO_MASKS)
     identity = setup.run_identity(trainer, datasets[0], memo, setup.samples_per_step(trainer, place.processes))
     memo.save()
-    notes = [SIZED_BY_CONFIG] if trainer.config.data.control_plan == "config" else []
+    notes = [SIZED_BY_CONFIG] if sized_otherwise(datasets[0].counts(), trainer.family) else []
     fingerprint = datasets[0].fingerprint()
     folder = open_run(trainer.config, identity, resume, device=str(place.device), data=fingerprint, notes=notes)
     say(f"run folder {folder.path}")
