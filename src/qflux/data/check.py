@@ -135,7 +135,7 @@ def check_data(
         samples=len(dataset),
         unique_samples=len(dataset.records),
         pictures=len(pictures),
-        masks=sum(record.mask is not None for record in dataset.records),
+        masks=sum(spec.mask is not None for spec in specs),
         empty_captions=sum(not record.prompt for record in dataset.records),
         below_target_size=sum(bool(wanted) and spec.sizes.target.size != tuple(wanted) for spec in specs),
         duplicates=_duplicates(dataset),
@@ -200,7 +200,7 @@ def _draw(dataset: EditDataset, out_dir: Path) -> Path | None:
     usable = [i for i, spec in enumerate(dataset.specs) if spec is not None]
     chosen = [usable[i] for i in evenly(len(usable), MAX_ROWS)]
     controls = max(len(dataset.records[i].controls) for i in chosen)
-    with_masks = any(dataset.records[i].mask is not None for i in chosen)
+    with_masks = any(spec is not None and spec.mask is not None for spec in dataset.specs)
     titles = ["control"] if controls == 1 else [f"control {n + 1}" for n in range(controls)]
     rows, labels = [], []
     for i in chosen:
@@ -222,7 +222,7 @@ def _row(dataset: EditDataset, position: int, record: SampleRecord, controls: in
     spec = dataset.specs[position]
     assert spec is not None
     try:
-        sample = load_sample(record, spec, dataset.background)
+        sample = load_sample(record, spec, dataset.background, dataset.auto_mask)
     except UserError:
         return None  # listed among the problems already
     gaps: list[Image.Image | None] = [None] * (controls - len(sample.controls))

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
+from qflux.data.auto_mask import RECIPE, edit_mask
 from qflux.data.geometry import plan_sizes, same_aspect, size_problems, text, text_problems, transfer_box
 from qflux.data.hub_sources import is_hub_folder, read_hub
 from qflux.data.images import ImageRef, apply_resize, load_mask, load_rgb
@@ -44,6 +45,7 @@ class EditDataset:
     background: tuple[int, int, int]
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    auto_mask: Any = None  # data.auto_mask
 
     def __len__(self) -> int:
         return sum(len(part) * repeats for part, repeats in self.passes)
@@ -78,7 +80,7 @@ class EditDataset:
         spec = self.specs[position]
         if spec is None:
             raise UserError(*self.problems)
-        return load_sample(self.records[position], spec, self.background)
+        return load_sample(self.records[position], spec, self.background, self.auto_mask)
 
     def fingerprint(self) -> str:
         """Digest of all that is learned from: pixels, captions, sizes and their order; no names and no paths."""
@@ -135,11 +137,19 @@ def scan(
     if data_config.trigger_word and not any(TRIGGER in (record.prompt or "") for record in records):
         notes.append(f"data.trigger_word: no caption holds {TRIGGER}, the word is not used")
     unique_problems = list(dict.fromkeys(problems))
-    return EditDataset(records, specs, passes, tuple(data_config.background_color), unique_problems, notes)
+    if data_config.auto_mask is not None and not any(spec and spec.mask for spec in specs):
+        notes.append("data.auto_mask: no sample has a first control of its target's aspect, no mask can be made")
+    background = tuple(data_config.background_color)
+    return EditDataset(records, specs, passes, background, unique_problems, notes, data_config.auto_mask)
 
 
-def load_sample(record: SampleRecord, spec: SampleSpec, background: tuple[int, int, int]) -> EditSample:
-    """Decode, cut and resize one sample's pictures by its size plan."""
+def load_sample(
+    record: SampleRecord, spec: SampleSpec, background: tuple[int, int, int], auto_mask: Any = None
+) -> EditSample:
+    """Decode, cut and resize one sample's pictures by its size plan.
+
+    A mask that the spec names and no file holds is made from the pictures, with the numbers of ``auto_mask``.
+    """
     sizes = spec.sizes
     source = _frame(record, sizes)
     target = apply_resize(load_rgb(record.target, background), sizes.target) if record.target else None
@@ -148,7 +158,11 @@ def load_sample(record: SampleRecord, spec: SampleSpec, background: tuple[int, i
     # Where the plan has none, the text encoder sees the controls themselves.
     seen = [apply_resize(picture, resize) for picture, resize in zip(pictures, sizes.text_controls, strict=False)]
     mask = None
-    if record.mask is not None:
+    if record.mask is None and spec.mask is not None and target is not None:
+        box = transfer_box(sizes.target.box, source, (pictures[0].height, pictures[0].width))
+        same = apply_resize(pictures[0], Resize(box, sizes.target.size))
+        mask = edit_mask(target, same, auto_mask.threshold, auto_mask.dilation, auto_mask.softness)
+    elif record.mask is not None:
         grey = load_mask(record.mask)
         box = transfer_box(sizes.target.box, source, (grey.height, grey.width))
         mask = apply_resize(grey, Resize(box, sizes.target.size), Image.Resampling.BILINEAR)
@@ -186,8 +200,8 @@ def sample_from_config(
     sizes = _plan(record, data_config, family, problems, sample.size) if sizes_usable else None
     if sizes is None or problems:
         raise UserError(*problems)
-    spec = _make_spec(record, prompt, sizes)
-    return spec, load_sample(record, spec, tuple(data_config.background_color))
+    spec = _make_spec(record, prompt, sizes, data_config.auto_mask)
+    return spec, load_sample(record, spec, tuple(data_config.background_color), data_config.auto_mask)
 
 
 def _read_entry(entry: Any, data_config: Any, memo: DigestMemo | None) -> Found:
@@ -219,20 +233,29 @@ def _spec(
     if sizes is None or problems:
         return None, problems
     try:
-        return _make_spec(record, prompt, sizes), []
+        return _make_spec(record, prompt, sizes, data_config.auto_mask), []
     except UserError as error:
         return None, error.problems
 
 
-def _make_spec(record: SampleRecord, prompt: str, sizes: SizePlan) -> SampleSpec:
+def _make_spec(record: SampleRecord, prompt: str, sizes: SizePlan, auto_mask: Any) -> SampleSpec:
+    mask = record.mask.digest if record.mask else None
+    if mask is None and auto_mask is not None and record.target is not None and _shows(record, record.target):
+        numbers = [auto_mask.threshold, auto_mask.dilation, auto_mask.softness]
+        mask = blake3_json(["auto_mask", RECIPE, numbers, record.target.digest, record.controls[0].digest])
     return SampleSpec(
         id=record.id,
         prompt=prompt,
         target=record.target.digest if record.target else None,
         controls=tuple(ref.digest for ref in record.controls),
-        mask=record.mask.digest if record.mask else None,
+        mask=mask,
         sizes=sizes,
     )
+
+
+def _shows(record: SampleRecord, target: ImageRef) -> bool:
+    """Whether the first control can show the target's frame."""
+    return bool(record.controls) and same_aspect(record.controls[0].size, target.size)
 
 
 def _prompt(record: SampleRecord, data_config: Any, problems: list[str], empty_allowed: bool) -> str:
