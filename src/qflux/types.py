@@ -184,6 +184,8 @@ class Family:
     sisters         number of controls outside that → trainer to use
     control_size    how that pipeline sizes a control: (H, W) → (H, W); used by ``control_plan: pipeline``
     text_control_size  the same for the picture its text encoder sees, in every plan; None = the control itself
+    control_patch   code with which users keep the pipeline from resizing controls that the config sized; ``$height``,
+                    ``$width`` and ``$by_aspect`` (width / height → (width, height)) are filled in
     control_limits  smallest side in pixels and largest aspect that the pipeline accepts of a control
     sigma_mu        (scheduler config, predicted positions, denoising steps) → μ of the pipeline's dynamic shift; None
                     where it is fixed
@@ -207,6 +209,7 @@ class Family:
     sisters: Mapping[int, str] = field(default_factory=dict)
     control_size: Callable[[Size], Size] | None = None
     text_control_size: Callable[[Size], Size] | None = None
+    control_patch: str = ""
     control_limits: tuple[int, float] | None = None
     sigma_mu: Callable[[Mapping[str, Any], int, int], float] | None = None
     text_sees_controls: bool = False

@@ -52,7 +52,7 @@ class AuraFlowTrainer(BaseTrainer):
         return load_plain(plain[component], self.folder, component)
 
     def encode(self, parts: Mapping[str, Any], sample: EditSample) -> EncodedSample:
-        """Text is ``prompt_embeds [L, D]``, zero behind the prompt's end, and the ``[L]`` mask that says where that is."""
+        """Text is ``prompt_embeds [L, D]``, zero behind the prompt's end, and the ``[L]`` mask that tells where."""
         encoded = EncodedSample(target=None, controls=[], text={}, edit_mask=None, sizes=sample.sizes)
         if "text_encoder" in parts:
             tokenizer, encoder = parts["tokenizer"], parts["text_encoder"]

@@ -50,6 +50,7 @@ class Flux2Trainer(BaseTrainer):
         folder="flux2",
         controls=(0, 3),
         control_size=control_size,
+        control_patch="pipe.image_processor._resize_to_target_area = lambda image, area: image",
         control_limits=(64, 8.0),
         sigma_mu=empirical_mu,
         adapter_targets={"attention": _ATTENTION, "attention+mlp": _ATTENTION + _MORE},

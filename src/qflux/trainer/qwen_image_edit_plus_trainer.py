@@ -24,6 +24,11 @@ from qflux.trainer.qwen_image.network import (
 from qflux.types import EditSample, EncodedSample, EncodeStage, Family, Size
 
 _ENCODERS = ("processor", "tokenizer", "text_encoder")
+_PATCH = """
+from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as sizing
+rule, sizes = sizing.calculate_dimensions, $by_aspect  # width / height: (width, height)
+sizing.calculate_dimensions = lambda area, ratio: sizes[ratio] if area == 1024 * 1024 else rule(area, ratio)
+"""
 
 
 def text_control_size(size: Size) -> Size:
@@ -42,6 +47,7 @@ class QwenImageEditPlusTrainer(QwenImageNetwork, BaseTrainer):
         controls=(1, 3),
         sisters={0: "QwenImage"},
         control_size=control_size,
+        control_patch=_PATCH,
         text_control_size=text_control_size,
         text_sees_controls=True,
         text_length=0,

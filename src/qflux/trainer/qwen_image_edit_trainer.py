@@ -20,6 +20,10 @@ from qflux.trainer.qwen_image.network import (
 from qflux.types import EditSample, EncodedSample, EncodeStage, Family
 
 _ENCODERS = ("processor", "tokenizer", "text_encoder")
+_PATCH = """
+from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit as sizing
+sizing.calculate_dimensions = lambda area, ratio: ($width, $height, None)
+"""
 
 
 class QwenImageEditTrainer(QwenImageNetwork, BaseTrainer):
@@ -33,6 +37,7 @@ class QwenImageEditTrainer(QwenImageNetwork, BaseTrainer):
         controls=(1, 1),
         sisters={0: "QwenImage", 2: "QwenImageEditPlus", 3: "QwenImageEditPlus"},
         control_size=control_size,
+        control_patch=_PATCH,
         text_sees_controls=True,
         text_length=0,
         sigma_mu=linear_mu,
