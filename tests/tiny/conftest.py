@@ -133,12 +133,7 @@ def _official_parts(trainer: Any, components: dict[str, Any]) -> dict[str, Any]:
             setattr(bare, f"{kind}_ids", [tokenizer.convert_tokens_to_ids(mark)])
         bare.audio_ids = []
         return {"processor": bare}
-    if trainer.family.name == "flux2":
-        bare = library.PixtralProcessor.__new__(library.PixtralProcessor)
-        bare.tokenizer = components["tokenizer"]
-        bare.image_processor, bare.chat_template = None, components["tokenizer"].chat_template
-        return {"tokenizer": bare, "text_encoder": encoder.from_pretrained(folder, subfolder="text_encoder").eval()}
-    if trainer.family.name == "flux2_klein":
+    if trainer.family.name.startswith("flux2"):
         return {"text_encoder": encoder.from_pretrained(folder, subfolder="text_encoder").eval()}
     return {}
 

@@ -195,7 +195,7 @@ def test_the_first_side_is_the_ruler(project: Project) -> None:
     settings = [
         "train.loss.name=huber",
         "logging.validation.seed=9",
-        "train.sigma.shift=2.0",
+        "train.sigma.logit_mean=0.5",
         "data.target_size=[32,32]",
     ]
     other = tuned(project, "other", *settings)

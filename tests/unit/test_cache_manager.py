@@ -21,10 +21,11 @@ from qflux.types import EditSample, EncodedSample, EncodeStage, Resize, SampleSp
 IMAGE = EncodeStage("vae", ("vae",), "image")
 TEXT = EncodeStage("text", ("text_encoder",), "text")
 RECIPES = {"vae": {"weights": "w1", "dtype": "bfloat16", "posterior": "mode"}, "text": {"weights": "w2", "length": 64}}
+PART = Resize((0, 0, 32, 32), (16, 16))
 
 
 def plan(size=(16, 16), controls=1):
-    return SizePlan(Resize((0, 0, 32, 32), size), (Resize((0, 0, 32, 32), (16, 16)),) * controls)
+    return SizePlan(Resize((0, 0, 32, 32), size), (PART,) * controls)
 
 
 def spec(i=0, prompt="make it red", controls=1, mask=None):
@@ -141,6 +142,8 @@ def changed_specs():
         (replace(one, sizes=replace(one.sizes, target=box)), image, image),
         (replace(one, sizes=replace(one.sizes, controls=(box, one.sizes.controls[1]))), image, both),
         (replace(one, sizes=replace(one.sizes, controls=(Resize((0, 0, 32, 32), size),) * 2)), image, both),
+        (replace(one, sizes=replace(one.sizes, controls=(replace(PART, scaled=(17, 17)), PART))), image, both),
+        (replace(one, sizes=replace(one.sizes, text_controls=(box, PART))), set(), {"text"}),
     ]
 
 
@@ -148,14 +151,14 @@ def differing(a, b):
     return {name for name in a if a[name] != b[name]}
 
 
-@pytest.mark.parametrize("number", range(12))
+@pytest.mark.parametrize("number", range(14))
 def test_each_input_changes_exactly_its_keys(tmp_path, number):
     other, blind, seeing = changed_specs()[number]
     base = spec(controls=2, mask="m")
     for sees, expected in ((False, blind), (True, seeing)):
         cache = manager(tmp_path, sees=sees)
         assert differing(cache.keys(base), cache.keys(other)) == expected
-    assert len(changed_specs()) == 12
+    assert len(changed_specs()) == 14
 
 
 @pytest.mark.parametrize("stage", ["vae", "text"])

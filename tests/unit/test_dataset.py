@@ -70,6 +70,37 @@ def test_a_mask_of_another_resolution_covers_the_same_place(tmp_path):
     assert (found[:, 17:] == 0).all()
 
 
+def seeing(side: int) -> Family:
+    """A family whose text encoder sees controls of ``side`` pixels a side."""
+    return replace(FAMILY, text_control_size=lambda size: (side, side))
+
+
+def test_the_text_encoder_sees_the_controls_or_its_own_sizes_of_them(tmp_path):
+    root = pairs(tmp_path, "a", controls=2)
+    for name, colour in (("a.png", 0), ("a_control_1.png", 255)):
+        Image.new("RGB", (128, 64), (colour, 0, 0)).save(root / "control" / name)
+    plain = open_dataset(config(entry(root)), FAMILY).load(0)
+    assert plain.text_controls is plain.controls
+    dataset = open_dataset(config(entry(root)), seeing(20))
+    sample = dataset.load(0)
+    assert [image.size for image in sample.controls] == [(32, 16), (32, 16)]
+    assert [image.size for image in sample.text_controls] == [(20, 20), (20, 20)]
+    assert [image.getpixel((10, 10)) for image in sample.text_controls] == [(0, 0, 0), (255, 0, 0)]
+    assert dataset.load(0).digest == open_dataset(config(entry(root)), FAMILY).load(0).digest, "of files and caption"
+    assert dataset.fingerprint() != open_dataset(config(entry(root)), seeing(24)).fingerprint()
+
+
+def test_a_control_is_scaled_then_cut_from_the_middle(tmp_path):
+    root = pairs(tmp_path, "a")
+    scene = Image.fromarray(np.random.default_rng(0).integers(0, 256, (70, 100, 3), dtype=np.uint8))
+    scene.save(root / "control/a.png")
+    halved = replace(FAMILY, control_size=lambda size: (size[0] // 2, size[1] // 2))
+    dataset = open_dataset(config(entry(root), control_plan="pipeline"), halved)
+    expected = scene.resize((50, 35), Image.Resampling.LANCZOS).crop((1, 1, 49, 33))
+    assert np.array_equal(np.asarray(dataset.load(0).controls[0]), np.asarray(expected))
+    assert dataset.shape_key(0) == ((32, 32), (32, 48))
+
+
 def test_digests_tell_pixels_captions_and_masks_apart(tmp_path):
     root = pairs(tmp_path, "a")
     start = open_dataset(config(entry(root)), FAMILY)

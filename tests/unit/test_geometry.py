@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qflux.data.geometry import area_size, cover_box, plan_sizes, same_aspect, size_problems, transfer_box
+from qflux.data.geometry import (
+    area_size,
+    cover_box,
+    plan_sizes,
+    same_aspect,
+    size_problems,
+    text_problems,
+    transfer_box,
+)
 from qflux.errors import UserError
-from qflux.types import Family
+from qflux.types import Family, Resize
 
 FAMILY = Family("tiny", "Pipeline", (), controls=(0, 3), control_size=lambda size: (size[0] // 32 * 32, 96))
 
@@ -23,8 +32,8 @@ def config(**changes):
     return SimpleNamespace(**(base | changes))
 
 
-def plan(target, controls=(), given=None, **changes):
-    return plan_sizes(target, controls, data_config=config(**changes), family=FAMILY, label="a.png", size=given)
+def plan(target, controls=(), given=None, family=FAMILY, **changes):
+    return plan_sizes(target, controls, data_config=config(**changes), family=family, label="a.png", size=given)
 
 
 def scale(resize):
@@ -140,6 +149,48 @@ def test_pipeline_plan_sizes_the_cropped_control_as_the_family_says():
     assert sizes.controls[0].size == (192, 96)
     assert sizes.controls[1].box == (0.0, 0.0, 70.0, 70.0)
     assert sizes.controls[1].size == (64, 96)
+
+
+def test_a_size_off_the_grid_is_scaled_to_and_cut_from_the_middle():
+    whole = replace(FAMILY, control_size=lambda size: size)
+    (control,) = plan((100, 200), [(300, 420)], target_size=(64, 64), control_plan="pipeline", family=whole).controls
+    assert control == Resize((0.0, 0.0, 420.0, 300.0), (288, 416), scaled=(300, 420))
+    assert control.as_json() == [[0.0, 0.0, 420.0, 300.0], [288, 416], [300, 420]]
+    assert replace(control, scaled=None).as_json() == [[0.0, 0.0, 420.0, 300.0], [288, 416]]
+    (fits,) = plan((100, 200), [(304, 416)], target_size=(64, 64), control_plan="pipeline", family=whole).controls
+    assert (fits.size, fits.scaled) == ((304, 416), None)
+
+
+@pytest.mark.parametrize("control_plan", ["config", "pipeline"])
+def test_a_text_encoder_gets_the_same_parts_at_its_own_size(control_plan):
+    seeing = replace(FAMILY, text_control_size=lambda size: (size[0] // 10, size[1] // 10))
+    sizes = plan((100, 200), [(200, 400), (70, 90)], target_size=(64, 64), control_plan=control_plan, family=seeing)
+    assert [part.box for part in sizes.text_controls] == [part.box for part in sizes.controls]
+    assert sizes.controls[0].box == (100.0, 0.0, 300.0, 200.0)
+    assert [part.size for part in sizes.text_controls] == [(20, 20), (6, 9) if control_plan == "config" else (7, 9)]
+    assert plan((100, 200), [(200, 400)], target_size=(64, 64), control_plan=control_plan).text_controls == ()
+    assert plan((100, 200), target_size=(64, 64), family=seeing).text_controls == ()
+
+
+@pytest.mark.parametrize(
+    ("control", "fine"), [((64, 512), True), ((63, 100), False), ((64, 528), False), ((528, 64), False)]
+)
+def test_controls_that_the_pipeline_refuses_are_refused(control, fine):
+    strict = replace(FAMILY, control_size=lambda size: size, control_limits=(64, 8.0))
+    for changes in ({"control_plan": "pipeline"}, {"controls_size": (tuple(side // 16 * 16 for side in control),)}):
+        if fine:
+            plan((512, 512), [control], family=strict, **changes)
+            continue
+        with pytest.raises(UserError, match=r"a\.png: control 1: found \d+x\d+ .* at least 64 .* aspect of at most 8;"):
+            plan((512, 512), [control], family=strict, **changes)
+    plan((512, 512), [control], control_plan="pipeline")
+
+
+def test_a_text_length_is_for_families_that_cut_prompts():
+    given, unset = (SimpleNamespace(max_sequence_length=length) for length in (64, None))
+    assert text_problems(given, FAMILY) == text_problems(unset, replace(FAMILY, text_length=0)) == []
+    (problem,) = text_problems(given, replace(FAMILY, text_length=0))
+    assert problem.startswith("data.max_sequence_length: found 64, but Pipeline takes prompts whole")
 
 
 def test_drawn_samples_take_their_size_or_the_first_controls():

@@ -1,5 +1,6 @@
 """The path, the noise levels and the edit-mask loss, as identities and against diffusers called live."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -125,6 +126,37 @@ def test_a_sample_without_a_mask_weighs_one():
     assert losses[1] == 1
     assert losses[0] > 1
     assert collate([sample(0, mask=False)], [(0, 0)]).edit_mask is None
+
+
+def with_text(*lengths, pooled=True):
+    texts = []
+    for i, length in enumerate(lengths):
+        draw = torch.Generator().manual_seed(i)
+        texts.append({"words": torch.randn(length, 5, generator=draw).bfloat16()})
+        texts[-1] |= {"pooled": torch.randn(7, generator=draw)} if pooled else {}
+    return [replace(sample(i), text=text) for i, text in enumerate(texts)]
+
+
+def test_text_of_different_length_is_padded_with_a_mask_beside_it():
+    samples = with_text(2, 4, 0)
+    text = collate(samples, [(0, 0), (0, 1), (0, 2)]).text
+    assert text.keys() == {"words", "words_mask", "pooled"}
+    assert (text["words"].shape, text["words"].dtype) == ((3, 4, 5), torch.bfloat16)
+    assert text["words_mask"].tolist() == [[1, 1, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0]]
+    assert text["words_mask"].dtype == torch.long
+    for row, one in zip(text["words"], samples, strict=True):
+        length = len(one.text["words"])
+        assert torch.equal(row[:length], one.text["words"])
+        assert not row[length:].any()
+    assert torch.equal(text["pooled"], torch.stack([one.text["pooled"] for one in samples]))
+
+
+@pytest.mark.parametrize("lengths", [(3,), (3, 3)])
+def test_text_of_one_length_has_no_mask(lengths):
+    samples = with_text(*lengths, pooled=False)
+    text = collate(samples, [(0, i) for i in range(len(lengths))]).text
+    assert text.keys() == {"words"}
+    assert torch.equal(text["words"], torch.stack([one.text["words"] for one in samples]))
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
