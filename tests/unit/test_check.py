@@ -125,3 +125,52 @@ def test_a_place_for_the_sheet_that_cannot_be_written_is_a_problem(scenes):
     assert not report.ok
     assert "s1.txt: cannot write data_check.png there" in report.problems[0]
     assert checked(report)["samples"] == 8
+
+
+def photo(seed: int, side: int = 160) -> Image.Image:
+    """Smooth noise of many scales: something whose edges can be compared."""
+    draw = np.random.default_rng(seed)
+    layers = [draw.normal(size=(n, n, 3)) * 60 / n**0.5 for n in (4, 10, 20, 40)]
+    resized = [
+        np.stack([np.asarray(Image.fromarray(c).resize((side, side), 3)) for c in np.moveaxis(x, 2, 0)], 2)
+        for x in [layer.astype(np.float32) for layer in layers]
+    ]
+    return Image.fromarray((128 + sum(resized)).clip(0, 255).astype(np.uint8))
+
+
+def test_pairs_that_do_not_lie_on_each_other_are_reported(tmp_path):
+    root = tmp_path / "set"
+    moves = {
+        "a_same": lambda image: image,
+        "b_shifted": lambda image: image.transform(image.size, Image.Transform.AFFINE, (1, 0, -6, 0, 1, 0)),
+        "c_mirrored": lambda image: image.transpose(Image.Transpose.FLIP_LEFT_RIGHT),
+        "d_wider": lambda image: image.resize((240, 160)),
+    }
+    for folder in ("images", "control"):
+        (root / folder).mkdir(parents=True)
+    for number, (name, move) in enumerate(moves.items()):
+        scene = photo(number)
+        edited = scene.copy()
+        ImageDraw.Draw(edited).rectangle((60, 60, 90, 90), fill=(250, 20, 20))
+        edited.save(root / f"images/{name}.png")
+        move(scene).save(root / f"control/{name}.png")
+    report = check_data(config(root), FAMILY)
+    assert report.ok
+    assert report.compared == 4
+    found = dict(report.misaligned)
+    assert found.keys() == moves.keys() - {"a_same"}
+    assert found["b_shifted"] == "the control is shifted by 6 px right against the target"
+    assert "mirrored" in found["c_mirrored"]
+    assert "of another aspect: 160x240" in found["d_wider"]
+    assert "3 pairs are not aligned" in report.text()
+    assert len(checked(report)["misaligned"]) == 3
+
+
+def test_masks_from_pictures_are_counted_and_shown(scenes, tmp_path):
+    numbers = type("Numbers", (), {"threshold": 0.03, "dilation": 0, "softness": 0.0})()
+    assert check_data(config(scenes), FAMILY).masks == 1
+    report = check_data(config(scenes, auto_mask=numbers), FAMILY, out_dir=tmp_path)
+    assert report.masks == 4
+    sheet = np.asarray(Image.open(report.sheet).convert("RGB"))
+    plain = check_data(config(scenes), FAMILY, out_dir=tmp_path / "plain")
+    assert not np.array_equal(sheet, np.asarray(Image.open(plain.sheet).convert("RGB")))

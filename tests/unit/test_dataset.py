@@ -240,3 +240,62 @@ def test_a_picture_changed_after_opening_is_refused(tmp_path):
     picture(tmp_path / "control/a.png", grey=99)
     with pytest.raises(UserError, match=r"control/a\.png: found other bytes than when"):
         dataset.load(0)
+
+
+def auto(threshold: float = 0.03, dilation: int = 0, softness: float = 0.0) -> SimpleNamespace:
+    return SimpleNamespace(threshold=threshold, dilation=dilation, softness=softness)
+
+
+def edited(root: Path) -> Path:
+    """One pair whose target has a square that the control has not, and one with a mask file of its own."""
+    for stem in ("a", "b"):
+        picture(root / f"control/{stem}.png", 10)
+        target = Image.open(root / f"control/{stem}.png")
+        target.paste((250, 240, 10), (16, 16, 48, 48))
+        (root / "images").mkdir(exist_ok=True)
+        target.save(root / f"images/{stem}.png")
+        (root / f"images/{stem}.txt").write_text("paint a square")
+    Image.new("L", (64, 64), 255).save(root / "images/b_mask.png")
+    return root
+
+
+def test_a_mask_is_made_where_none_is_given(tmp_path):
+    root = edited(tmp_path)
+    assert open_dataset(config(entry(root)), FAMILY).load(0).mask is None
+    dataset = open_dataset(config(entry(root), target_size=(64, 64), auto_mask=auto()), FAMILY)
+    made = np.asarray(dataset.load(0).mask) > 127
+    assert made[20:44, 20:44].all()
+    assert made.sum() == pytest.approx(32 * 32, abs=140)
+    assert np.asarray(dataset.load(1).mask).min() == 255, "a mask file wins"
+    none = scan(config(entry(root), auto_mask=auto(), controls_size=None), replace(FAMILY, controls=(0, 2)))
+    assert none.notes == []
+
+
+def test_what_makes_a_mask_is_part_of_a_samples_digest(tmp_path):
+    root = edited(tmp_path)
+    specs = {
+        name: open_dataset(config(entry(root), auto_mask=numbers), FAMILY)
+        for name, numbers in {
+            "off": None,
+            "on": auto(),
+            "wider": auto(dilation=3),
+            "softer": auto(softness=1.0),
+        }.items()
+    }
+    masks = [dataset.spec(0).mask for dataset in specs.values()]
+    assert masks[0] is None
+    assert len(set(masks)) == 4
+    assert len({dataset.fingerprint() for dataset in specs.values()}) == 4
+    assert len({dataset.spec(1).mask for dataset in specs.values()}) == 1
+    picture(root / "control/a.png", 90)
+    assert open_dataset(config(entry(root), auto_mask=auto()), FAMILY).spec(0).mask != masks[1]
+
+
+def test_no_mask_can_be_made_without_a_control_of_the_targets_aspect(tmp_path):
+    root = pairs(tmp_path, "a")
+    picture(root / "control/a.png", 3, (96, 64))
+    dataset = scan(config(entry(root), auto_mask=auto()), FAMILY)
+    assert dataset.spec(0).mask is None
+    assert dataset.notes == [
+        "data.auto_mask: no sample has a first control of its target's aspect, no mask can be made"
+    ]

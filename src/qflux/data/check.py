@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
+from qflux.data.alignment import pair_alignment
 from qflux.data.dataset import EditDataset, load_sample, scan
 from qflux.data.images import ImageRef, load_mask, load_rgb
 from qflux.data.records import SampleRecord
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from qflux.io.digests import DigestMemo
 
 SHEET_NAME = "data_check.png"
+_MOST_PAIRS = 500  # compared: a third of a second each at 1024 x 1024
+_SHOWN_PAIRS = 20
 _FAINT = 15  # masks stored as 0 and 1, or as numbers of classes
 
 
@@ -35,7 +38,8 @@ class CheckReport:
     """What the check found. Counts of samples include repeats, all others count each picture or sample once.
 
     ``below_target_size`` counts targets trained smaller than ``data.target_size`` because they are never scaled up;
-    ``duplicates`` are groups of ids whose targets are the same file bytes.
+    ``duplicates`` are groups of ids whose targets are the same file bytes; ``misaligned`` are ids of the ``compared``
+    pairs whose first control is shifted, scaled, mirrored or of another aspect, each with what was found.
     """
 
     problems: tuple[str, ...]
@@ -47,6 +51,8 @@ class CheckReport:
     empty_captions: int
     below_target_size: int
     duplicates: tuple[tuple[str, ...], ...]
+    compared: int
+    misaligned: tuple[tuple[str, str], ...]
     shapes: tuple[tuple[ShapeKey, int], ...]
     fingerprint: str | None
     sheet: Path | None
@@ -69,6 +75,8 @@ class CheckReport:
             "empty_captions": self.empty_captions,
             "below_target_size": self.below_target_size,
             "duplicates": [list(group) for group in self.duplicates],
+            "compared": self.compared,
+            "misaligned": [{"id": name, "finding": found} for name, found in self.misaligned],
             "shapes": [
                 {"target": list(key[0]), "controls": [list(size) for size in key[1:]], "samples": count}
                 for key, count in self.shapes
@@ -95,11 +103,21 @@ class CheckReport:
         if self.empty_captions:
             lines.append(f"{self.empty_captions} empty captions")
         lines += [f"same target: {', '.join(group)}" for group in self.duplicates]
+        lines += self._alignment_lines()
         if self.sheet:
             lines.append(f"contact sheet: {self.sheet}")
         found = len(self.problems)
         lines.append("the data set is fine" if self.ok else f"{found} problem{'s' if found > 1 else ''} to solve")
         return "\n".join(lines)
+
+    def _alignment_lines(self) -> list[str]:
+        if not self.misaligned:
+            return []
+        shown = [f"  {name}: {found}" for name, found in self.misaligned[:_SHOWN_PAIRS]]
+        more = len(self.misaligned) - len(shown)
+        of = "" if self.compared == self.unique_samples else f" of the {self.compared} compared"
+        head = f"{len(self.misaligned)} pairs{of} are not aligned; a model trained on them learns the difference too:"
+        return [head, *shown, *([f"  and {more} more (all with --json)"] if more > 0 else [])]
 
 
 def check_data(
@@ -122,6 +140,7 @@ def check_data(
     same = [spec.id for spec in specs if spec.target in spec.controls]
     if same:
         notes.append(f"{len(same)} samples have their own target as control, the first is {same[0]}")
+    pairs = [] if damaged else _pairs(dataset)
     wanted = data_config.target_size
     sheet = None
     if out_dir is not None and specs:
@@ -139,6 +158,8 @@ def check_data(
         empty_captions=sum(not record.prompt for record in dataset.records),
         below_target_size=sum(bool(wanted) and spec.sizes.target.size != tuple(wanted) for spec in specs),
         duplicates=_duplicates(dataset),
+        compared=len(pairs),
+        misaligned=tuple(_misaligned(dataset, pairs, show)),
         shapes=tuple(dataset.counts().items()),
         fingerprint=dataset.fingerprint() if not problems else None,
         sheet=sheet,
@@ -185,6 +206,26 @@ def _decode(
         return problems, []
     note = f"{len(faint)} masks are nearly black, no value is above {_FAINT} of 255; the first is {faint[0]}"
     return problems, [note]
+
+
+def _pairs(dataset: EditDataset) -> list[int]:
+    """Positions of the samples whose target and first control are compared: all, or an even choice of many."""
+    usable = [i for i, record in enumerate(dataset.records) if dataset.specs[i] and record.target and record.controls]
+    return [usable[i] for i in evenly(len(usable), _MOST_PAIRS)]
+
+
+def _misaligned(dataset: EditDataset, pairs: list[int], show: bool) -> Iterator[tuple[str, str]]:
+    def look(position: int) -> str | None:
+        record = dataset.records[position]
+        assert record.target is not None
+        first, second = (load_rgb(ref, dataset.background) for ref in (record.target, record.controls[0]))
+        return pair_alignment(first, second).problem()
+
+    with Progress(len(pairs), "comparing pairs", enabled=show) as bar, ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        for position, found in zip(pairs, pool.map(look, pairs), strict=True):
+            if found is not None:
+                yield dataset.records[position].id, found
+            bar.advance()
 
 
 def _duplicates(dataset: EditDataset) -> tuple[tuple[str, ...], ...]:
