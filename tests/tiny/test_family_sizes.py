@@ -24,6 +24,7 @@ from qflux.io.digests import DigestMemo
 from qflux.io.quiet import quiet_imports
 from qflux.main import import_trainer, main, trainer_names
 from qflux.models.patches import pack
+from qflux.trainer import setup
 from qflux.trainer.encoding import cache_manager, fill_cache, wanted_specs
 from qflux.trainer.flux2_trainer import Flux2KleinTrainer, Flux2Trainer
 from qflux.trainer.qwen_image_edit_plus_trainer import QwenImageEditPlusTrainer
@@ -290,6 +291,9 @@ def test_text_that_sees_controls_is_cached_once_a_control_set(
         for number, spec in enumerate(specs):
             fresh = trainer.encode(parts, replace(dataset.load(number % 3), prompt=spec.prompt)).text
             assert torch.equal(cache.get(spec).text["prompt_embeds"], fresh["prompt_embeds"])
+    uncached = encode_texts(trainer, [dataset.load(0), dataset.load(2)])
+    for spec, text in zip((specs[0], specs[2]), uncached, strict=True):
+        assert torch.equal(cache.get(spec).text["prompt_embeds"], text["prompt_embeds"])
 
 
 # Trainer, controls, the trainer to use then.
@@ -349,3 +353,12 @@ def test_counts_inside_the_row_are_accepted(tmp_path: Path, capsys: pytest.Captu
     assert trainer in {name for name, _, _ in REFUSED}
     for count in {*row(trainer)}:
         assert check(tmp_path / str(count), trainer, count, capsys)[0] == 0
+
+
+def test_one_step_of_a_stretched_schedule_is_refused(tiny: Callable[[str], Any]) -> None:
+    """The schedule ends at ``shift_terminal``: with one step the pipeline divides 0 by 0 and draws black."""
+    sample = "logging.validation.samples=[{prompt: x, controls: []}]"
+    setup.check_steps(tiny("qwen_image").make(sample, "logging.validation.num_inference_steps=2"))
+    setup.check_steps(tiny("flux").make(sample, "logging.validation.num_inference_steps=1"))
+    with pytest.raises(UserError, match="num_inference_steps: found 1, expected at least 2"):
+        setup.check_steps(tiny("qwen_image").make(sample, "logging.validation.num_inference_steps=1"))

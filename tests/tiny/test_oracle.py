@@ -78,7 +78,7 @@ def test_recording_sees_every_level_and_leaves_nothing_behind(trainer: Any, comp
     assert levels[0] == 1.0
     assert levels == sorted(levels, reverse=True)
     assert [call["arguments"]["timestep"].item() for call in calls] == pytest.approx(levels)
-    tokens = 16 + 16 + 3 * 5  # 64x64, 64x64 and 48x80 pixels in patches of 16x16
+    tokens = 36 + 36 + 4 * 8  # 96x96, 96x96 and 64x128 pixels in patches of 16x16
     assert calls[0]["arguments"]["hidden_states"].shape == (1, tokens, 64)
     assert torch.equal(calls[0]["arguments"]["guidance"], torch.tensor([2.5]))
     assert "forward" not in vars(pipe.transformer)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import inspect
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -181,6 +182,14 @@ def read_config(folder: Path, component: str) -> dict[str, Any]:
         if path.is_file():
             return json.loads(path.read_text(encoding="utf-8"))
     raise UserError(f"{folder / component}: found neither {' nor '.join(names)}; {KEY} must name a diffusers folder")
+
+
+def pipeline_options(folder: Path, pipeline_class: type) -> dict[str, Any]:
+    """What ``model_index.json`` says of a pipeline besides its components, in words of its constructor."""
+    path = folder / "model_index.json"
+    index = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    words = inspect.signature(pipeline_class).parameters
+    return {name: value for name, value in index.items() if name in words and not isinstance(value, list)}
 
 
 def meta_module(folder: Path, component: str) -> torch.nn.Module | None:

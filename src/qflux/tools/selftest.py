@@ -82,7 +82,7 @@ class Subject:
 
     def trainer(self, precision: str = "no") -> Any:
         """A trainer in fp32, or with ``precision`` bf16."""
-        short = ["data.max_sequence_length=32"] if self.cls.family.text_length else []
+        short = ["data.max_sequence_length=64"] if self.cls.family.text_length else []
         config = load_config(self.config_file, [*OVERRIDES, *short, f"train.mixed_precision={precision}"])
         folder, device = resolve_model(config.model.pretrained_model_name_or_path), torch.device("cpu")
         return self.cls(config, folder, dtype=torch_dtype(config.train.mixed_precision), device=device)

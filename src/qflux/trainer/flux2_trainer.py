@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import replace
@@ -211,6 +210,7 @@ class Flux2KleinTrainer(Flux2Trainer):
         """See BaseTrainer; distilled models are told so by ``model_index.json`` and use no guidance."""
         from diffusers import Flux2KleinPipeline
 
-        index = json.loads((self.folder / "model_index.json").read_text(encoding="utf-8"))
-        distilled = bool(index.get("is_distilled"))
-        return self._keep_sizes(Flux2KleinPipeline(**self._parts(components), is_distilled=distilled))
+        from qflux.models.loading import pipeline_options
+
+        options = pipeline_options(self.folder, Flux2KleinPipeline)
+        return self._keep_sizes(Flux2KleinPipeline(**self._parts(components), **options))

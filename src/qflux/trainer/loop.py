@@ -149,6 +149,7 @@ def open_training(trainer: BaseTrainer, resume: str | None) -> Opened:
         )
     trainer.device = place.device
     setup.check_targets(trainer)
+    setup.check_steps(trainer)
     datasets = setup.open_datasets(trainer)
     memo = memo_of(trainer.config)
     if trainer.config.train.loss.mask_loss and not any(spec and spec.mask for spec in datasets[0].specs):

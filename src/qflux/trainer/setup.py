@@ -52,6 +52,17 @@ def check_targets(trainer: BaseTrainer) -> None:
         adapters.resolve_targets(structure, lora.target_modules, trainer.family)
 
 
+def check_steps(trainer: BaseTrainer) -> None:
+    """Refuse a single denoising step where the scheduler stretches its table to a last value: that divides 0 by 0."""
+    settings = trainer.config.logging.validation
+    wanted = settings.steps is not None or bool(settings.samples)
+    if wanted and settings.num_inference_steps == 1 and read_config(trainer.folder, "scheduler").get("shift_terminal"):
+        raise UserError(
+            "logging.validation.num_inference_steps: found 1, expected at least 2: this model's scheduler has a "
+            "shift_terminal, which is not defined for one step"
+        )
+
+
 def samples_per_step(trainer: BaseTrainer, processes: int) -> int:
     """G: batch size × accumulation × processes."""
     return trainer.config.data.batch_size * trainer.config.train.gradient_accumulation_steps * processes

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from qflux.data.feeder import collate, to_device
 from qflux.io.quiet import quiet_imports
-from qflux.models.loading import quiet_libraries
+from qflux.models.loading import pipeline_options, quiet_libraries
 from qflux.types import EditSample, EncodedSample, Noised
 from qflux.validation.validation_sampler import call_pipeline
 
@@ -74,7 +74,8 @@ def official_pipeline(trainer: Any, components: Mapping[str, Any], sample: EditS
     else:
         with quiet_imports():
             import diffusers
-        pipe = getattr(diffusers, trainer.family.pipeline_class)(**components)
+        cls = getattr(diffusers, trainer.family.pipeline_class)
+        pipe = cls(**components, **pipeline_options(trainer.folder, cls))
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
