@@ -97,6 +97,19 @@ def share(config: Config, trainer_class: type[BaseTrainer], args: argparse.Names
     return DONE
 
 
+def refuse_other_kind(config: Config, trainer_class: type[BaseTrainer], found: str) -> None:
+    """A model of another pipeline than the trainer's: it would load in part, or train another thing than it draws."""
+    expected = trainer_class.family.pipeline_class
+    if found == expected:
+        return
+    fits = [p.name for p in entry_points(group=GROUP) if p.load().family.pipeline_class == found]
+    advice = f"use train.trainer: {fits[0]}" if fits else f"no trainer is for {found}"
+    raise UserError(
+        f"model.pretrained_model_name_or_path: found a model of {found}, train.trainer: {config.train.trainer} is for "
+        f"{expected}; {advice}"
+    )
+
+
 def run(args: argparse.Namespace, stop: StopSignal) -> int:
     """One mode, from a valid config on; the config is read before anything heavy is imported."""
     config = load_config(args.config, args.overrides)
@@ -110,7 +123,7 @@ def run(args: argparse.Namespace, stop: StopSignal) -> int:
         problems += scan_all(config, trainer_class.family)[1]
     if problems:
         raise UserError(*problems)
-    from qflux.models.loading import resolve_model, torch_dtype
+    from qflux.models.loading import model_class, resolve_model, torch_dtype
 
     components = [name for stage in trainer_class.family.stages for name in stage.components]
     folder = resolve_model(
@@ -118,6 +131,7 @@ def run(args: argparse.Namespace, stop: StopSignal) -> int:
         config.model.revision,
         [*components, "scheduler", trainer_class.family.denoiser],
     )
+    refuse_other_kind(config, trainer_class, model_class(folder))
     import torch
 
     dtype = torch_dtype(config.train.mixed_precision if config.model.lora is not None else "no")

@@ -41,11 +41,13 @@ class SizePlan:
     """What the one geometry function decided for one sample.
 
     ``text_controls`` are the controls as a text encoder that sees them gets them; empty where it gets ``controls``.
+    They are cut out of the source pictures, or, with ``text_from_controls``, out of the sized controls.
     """
 
     target: Resize
     controls: tuple[Resize, ...] = ()
     text_controls: tuple[Resize, ...] = ()
+    text_from_controls: bool = False
 
     @property
     def shape_key(self) -> ShapeKey:
@@ -190,6 +192,9 @@ class Family:
     sigma_mu        (scheduler config, predicted positions, denoising steps) → μ of the pipeline's dynamic shift; None
                     where it is fixed
     text_length     tokens to which prompts are cut or padded; 0 where the pipeline takes them whole
+    text_limit      most tokens that the pipeline accepts; 0 = any number
+    text_varies     whether prompts keep their own lengths, so that a batch of several is padded and masked
+    reserved        marks that a prompt must not hold: the encoder would take them for pictures
     guidance        name of the pipeline's argument for ``logging.validation.guidance_scale``
     classifier_free whether a guidance above 1 runs the network a second time with the empty prompt
     empty_prompt    that prompt, also the one of a dropped caption
@@ -214,6 +219,9 @@ class Family:
     sigma_mu: Callable[[Mapping[str, Any], int, int], float] | None = None
     text_sees_controls: bool = False
     text_length: int = 512
+    text_limit: int = 512
+    text_varies: bool = False
+    reserved: tuple[str, ...] = ()
     guidance: str = "guidance_scale"
     classifier_free: bool = False
     empty_prompt: str = ""

@@ -230,7 +230,7 @@ SIZED: list[tuple[str, list[Size]]] = [
 def test_guided_drawing_is_the_official_classs_with_a_negative_prompt(
     tiny: Callable[[str], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, sizes: list[Size]
 ) -> None:
-    """What users of the result do: the same files, a negative prompt, and for ``control_plan: config`` the sizes."""
+    """What users of the result do: controls of the trained sizes, a negative prompt, and the size rule replaced."""
     one = tiny(name)
     scale = 2 if name.startswith("qwen") else 1  # where the size rule can be replaced from outside
     files = [photo(tmp_path / f"{i}.png", scale * h, scale * w, seed=i) for i, (h, w) in enumerate(sizes)]
@@ -245,8 +245,12 @@ def test_guided_drawing_is_the_official_classs_with_a_negative_prompt(
             "data.target_size=null",
             f"logging.validation.guidance_scale={guidance}",
         )
-        ours = drawn(trainer, read(trainer, files, (96, 64)))[0]
-        theirs = by_hand(one, files, (96, 64), guidance, **(extra if guidance > 1 else {}))
+        sample = read(trainer, files, (96, 64))
+        ours = drawn(trainer, sample)[0]
+        handed = [tmp_path / f"sized-{i}.png" for i in range(len(files))]  # as the note on control sizes tells users
+        for path, control in zip(handed, sample.controls, strict=True):
+            control.save(path)
+        theirs = by_hand(one, handed, (96, 64), guidance, **(extra if guidance > 1 else {}))
         assert np.array_equal(ours, theirs)
         assert theirs.std() > 5
         pictures.append(ours)

@@ -115,7 +115,7 @@ class CacheManager:
         if stage.kind == "text":
             if not self.text_sees_controls:
                 return {"prompt": spec.prompt}
-            sizes = [plan.as_json() for plan in spec.sizes.text_controls or spec.sizes.controls]
+            sizes = [plan.as_json() for plan in (*spec.sizes.controls, *spec.sizes.text_controls)]
             return {"prompt": spec.prompt, "controls": list(spec.controls), "control_sizes": sizes}
         return {
             "target": spec.target,

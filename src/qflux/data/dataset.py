@@ -156,7 +156,8 @@ def load_sample(
     pictures = [load_rgb(ref, background) for ref in record.controls]
     controls = [apply_resize(picture, resize) for picture, resize in zip(pictures, sizes.controls, strict=True)]
     # Where the plan has none, the text encoder sees the controls themselves.
-    seen = [apply_resize(picture, resize) for picture, resize in zip(pictures, sizes.text_controls, strict=False)]
+    sources = controls if sizes.text_from_controls else pictures
+    seen = [apply_resize(picture, resize) for picture, resize in zip(sources, sizes.text_controls, strict=False)]
     mask = None
     if record.mask is None and spec.mask is not None and target is not None:
         box = transfer_box(sizes.target.box, source, (pictures[0].height, pictures[0].width))
@@ -195,7 +196,7 @@ def sample_from_config(
     )
     problems = size_problems(data_config, family)
     sizes_usable = not problems
-    prompt = _prompt(record, data_config, problems, empty_allowed=True)
+    prompt = _prompt(record, data_config, family, problems, empty_allowed=True)
     _check_controls(record, data_config, family, problems, none_allowed=True)
     sizes = _plan(record, data_config, family, problems, sample.size) if sizes_usable else None
     if sizes is None or problems:
@@ -225,7 +226,7 @@ def _spec(
 ) -> tuple[SampleSpec | None, list[str]]:
     """The spec of one record, or None and what is wrong with it."""
     problems: list[str] = []
-    prompt = _prompt(record, data_config, problems, data_config.allow_missing_captions)
+    prompt = _prompt(record, data_config, family, problems, data_config.allow_missing_captions)
     _check_controls(record, data_config, family, problems, data_config.allow_missing_controls)
     if record.target is None:
         problems.append(f"{record.label}: found no target, expected a picture")
@@ -258,13 +259,16 @@ def _shows(record: SampleRecord, target: ImageRef) -> bool:
     return bool(record.controls) and same_aspect(record.controls[0].size, target.size)
 
 
-def _prompt(record: SampleRecord, data_config: Any, problems: list[str], empty_allowed: bool) -> str:
-    prompt = record.prompt or ""
-    if not prompt and not empty_allowed:
+def _prompt(record: SampleRecord, data_config: Any, family: Family, problems: list[str], empty_allowed: bool) -> str:
+    prompt = record.prompt or family.empty_prompt
+    if not record.prompt and not empty_allowed:
         problems.append(
             f"{record.label}: found no caption, expected a text file of the same stem (or a prompt in the table); "
             "write one or set data.allow_missing_captions: true"
         )
+    for mark in family.reserved:
+        if mark in prompt:
+            problems.append(f"{record.label}: found {mark} in the caption, which stands for a picture there; remove it")
     if TRIGGER not in prompt:
         return prompt
     if not data_config.trigger_word:

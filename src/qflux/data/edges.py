@@ -44,18 +44,19 @@ IDENTITY = Model()  # the control's content lies where the target has it
 
 @dataclass(frozen=True)
 class Blocks:
-    """Measured in each of N blocks. ``curvature`` ``[N, 2, 2]`` is that of the likeness, negative, at its peak.
+    """Measured in each of N blocks.
 
     likeness      ``[N]`` of the edges as they lie, -1..1
     peak          ``[N]`` of the edges moved by ``offset``
     offset        ``[N, 2]`` x, y in pixels: how much farther right and down the control's edges lie
+    sharpness     ``[N]`` how steeply the likeness falls around its peak
     weight        ``[N]`` amount of edges in both pictures; 0 where one has none
     """
 
     likeness: Array
     peak: Array
     offset: Array
-    curvature: Array
+    sharpness: Array
     weight: Array
 
 
@@ -73,7 +74,7 @@ class Stage:
         self.centres = np.array([(x, y) for y, x in self._corners]) + self.block / 2 - middle  # [N, 2] x, y
         hann = np.hanning(self.block + 2)[1:-1].astype(np.float32)
         self._window = np.outer(hann, hann)
-        cut = self._cut(_edges(_reduced(target, self.size)))
+        cut = self._cut(edge_field(_reduced(target, self.size)))
         self._target = np.fft.fft2(cut * self._window).conj()
         self._energy = self._energies(cut)
 
@@ -84,7 +85,7 @@ class Stage:
         first_x = width * (0.5 - model.scale_x / 2 + model.shift_x)
         first_y = height * (0.5 - model.scale_y / 2 + model.shift_y)
         place = (model.scale_x, 0.0, first_x, 0.0, model.scale_y, first_y)
-        edges = _edges(picture.transform(self.size, Image.Transform.AFFINE, place, Image.Resampling.BICUBIC))
+        edges = edge_field(picture.transform(self.size, Image.Transform.AFFINE, place, Image.Resampling.BICUBIC))
         for axis, length, start, scale in ((1, width, first_x, model.scale_x), (0, height, first_y, model.scale_y)):
             low, high = math.ceil(-start / scale) + 4, math.floor((length - start) / scale) - 4
             outside = np.ones(length, bool)
@@ -104,11 +105,11 @@ class Stage:
         surface /= (weight + 5e-5 * self.block**2)[:, None, None]
         count, width = len(surface), 2 * radius + 1
         rows, columns = np.divmod(surface[:, 1:-1, 1:-1].reshape(count, -1).argmax(1), width)
-        peak, offset, curvature = _peaks(surface, rows + 1, columns + 1)
+        peak, offset, sharpness = _peaks(surface, rows + 1, columns + 1)
         offset += np.stack([columns, rows], -1) - radius
         floor = 0.05 * self.block
         weight = np.where((self._energy > floor**2) & (energy > floor**2), weight, 0.0)
-        return Blocks(surface[:, radius + 1, radius + 1], peak, offset, curvature, weight)
+        return Blocks(surface[:, radius + 1, radius + 1], peak, offset, sharpness, weight)
 
     def likeness(self, model: Model) -> float:
         """How well the edges coincide, over the whole target."""
@@ -128,7 +129,7 @@ def _reduced(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
     return small.filter(ImageFilter.GaussianBlur(0.8))
 
 
-def _edges(picture: Image.Image) -> Field:
+def edge_field(picture: Image.Image) -> Field:
     """``[H, W]``: size in [0, 1) saturating with the contrast, phase twice the angle of the gradient."""
     edges = np.zeros((picture.height, picture.width), np.complex64)
     for channel in picture.split():
@@ -152,7 +153,7 @@ def _starts(length: int, block: int) -> list[int]:
 
 
 def _peaks(surface: Array, rows: NDArray[np.intp], columns: NDArray[np.intp]) -> tuple[Array, Array, Array]:
-    """Value, sub-pixel offset ``[N, 2]`` and curvature ``[N, 2, 2]`` of a quadratic around each integer peak."""
+    """Value, sub-pixel offset ``[N, 2]`` and mean curvature of a quadratic around each integer peak."""
 
     def at(down: int, right: int) -> Array:
         return surface[np.arange(len(surface)), rows + down, columns + right]
@@ -165,7 +166,7 @@ def _peaks(surface: Array, rows: NDArray[np.intp], columns: NDArray[np.intp]) ->
     xy = np.clip((at(1, -1) + at(-1, 1) - at(1, 1) - at(-1, -1)) / 4, -bound, bound)
     curvature = np.stack([xx, xy, xy, yy], -1).reshape(-1, 2, 2)
     offset = np.clip(np.linalg.solve(curvature, slope[..., None])[..., 0], -1, 1)
-    return peak, offset, curvature
+    return peak, offset, (xx + yy) / 2
 
 
 def searched(target: Image.Image, control: Image.Image, side: int, aspect: float, count: int) -> list[Model]:
@@ -176,16 +177,17 @@ def searched(target: Image.Image, control: Image.Image, side: int, aspect: float
     ratio = side / max(target.size)
     size = max(8, round(target.width * ratio)), max(8, round(target.height * ratio))
     width, height = size
-    edges = _edges(_reduced(target, size))
+    edges = edge_field(_reduced(target, size))
     spectrum, energy = np.fft.fft2(edges).conj(), float(np.linalg.norm(edges))
     control = _reduced(control, size)
     found = []
+    widths = {x: _sampling(width, x).T for x, _ in _scales(aspect)}
     for mirrored in (False, True):
-        field = _edges(control.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else control)
+        field = edge_field(control.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else control)
         for scale_y, pairs in groupby(_scales(aspect), key=itemgetter(1)):
             squeezed = _sampling(height, scale_y) @ field
             for scale_x, _ in pairs:
-                scaled = squeezed @ _sampling(width, scale_x).T
+                scaled = squeezed @ widths[scale_x]
                 surface = np.fft.ifft2(np.fft.fft2(scaled) * spectrum).real
                 down, right = divmod(int(surface.argmax()), width)
                 likeness = float(surface[down, right]) / max(energy * float(np.linalg.norm(scaled)), 1e-9)
@@ -203,7 +205,7 @@ def searched(target: Image.Image, control: Image.Image, side: int, aspect: float
 def _scales(aspect: float) -> list[tuple[float, float]]:
     """Scales (x, y) to search, in the order of y; around those of a crop too, where the pictures' aspects differ."""
     steps = [math.exp(_STEP * k) for k in range(-_STEPS, _STEPS + 1)]
-    pairs = {(x, y) for x in steps for y in steps}
+    pairs = {(x, y) for i, x in enumerate(steps) for j, y in enumerate(steps) if abs(i - j) <= _STEPS}
     if aspect != 1.0:
         pairs |= {(x * step, y * step) for x, y in ((1 / aspect, 1.0), (1.0, aspect)) for step in steps}
     return sorted(pairs, key=itemgetter(1, 0))

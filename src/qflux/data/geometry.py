@@ -54,12 +54,15 @@ def plan_sizes(
         )
     resize = _target_resize(source, wanted, data_config.multi_resolutions, family, label, grow=target is None)
     sized = _control_resizes(source, resize, controls, data_config, family, label)
-    return SizePlan(resize, sized, _text_resizes(sized, family))
+    handed = data_config.control_plan == "config"  # users then hand over controls that are sized already
+    return SizePlan(resize, sized, _text_resizes(sized, family, handed), handed)
 
 
 def size_problems(data_config: Any, family: Family) -> list[str]:
     """Every size in ``data_config`` that ``family`` cannot use, one line each with the nearest valid size."""
     problems = _multiple_problems("data.target_size", data_config.target_size, family)
+    if data_config.controls_size and family.controls[1] == 0:
+        problems.append(f"data.controls_size: {family.name} takes no controls; remove it")
     for i, pair in enumerate(data_config.controls_size or ()):
         problems += _multiple_problems(f"data.controls_size[{i}]", pair, family)
     for i, candidate in enumerate(data_config.multi_resolutions or ()):
@@ -76,11 +79,16 @@ def size_problems(data_config: Any, family: Family) -> list[str]:
 
 
 def text_problems(data_config: Any, family: Family) -> list[str]:
-    """A text length for a family whose pipeline never cuts a prompt."""
-    if data_config.max_sequence_length is None or family.text_length:
+    """A text length that the family's pipeline does not take."""
+    length = data_config.max_sequence_length
+    if length is None:
         return []
-    found = f"data.max_sequence_length: found {data_config.max_sequence_length}"
-    return [f"{found}, but {family.pipeline_class} takes prompts whole, of any length; remove it"]
+    found = f"data.max_sequence_length: found {length}"
+    if not family.text_length:
+        return [f"{found}, but {family.pipeline_class} takes prompts whole, of any length; remove it"]
+    if family.text_limit and length > family.text_limit:
+        return [f"{found}, {family.pipeline_class} takes at most {family.text_limit}; lower it"]
+    return []
 
 
 def candidate_size(candidate: Any) -> tuple[Size | None, int]:
@@ -246,11 +254,13 @@ def _check_limits(size: Size, family: Family, label: str) -> None:
         )
 
 
-def _text_resizes(controls: Sequence[Resize], family: Family) -> tuple[Resize, ...]:
-    """What a text encoder that sees the controls gets: the same parts of them, at a size of its own."""
+def _text_resizes(controls: Sequence[Resize], family: Family, handed: bool) -> tuple[Resize, ...]:
+    """What a text encoder that sees the controls gets, at a size of its own: of the source, or of the sized control."""
     if family.text_control_size is None:
         return ()
-    return tuple(Resize(part.box, family.text_control_size(_box_size(part.box))) for part in controls)
+    whole = [(0.0, 0.0, float(part.size[1]), float(part.size[0])) for part in controls]
+    boxes = whole if handed else [part.box for part in controls]
+    return tuple(Resize(box, family.text_control_size(_box_size(box))) for box in boxes)
 
 
 def _box_size(box: Box) -> Size:

@@ -54,7 +54,38 @@ def resolve_model(name_or_path: str | Path, revision: str | None = None, compone
     if missing:
         found = ", ".join(sorted(path.name for path in folder.iterdir() if path.is_dir())) or "none"
         raise UserError(f"{KEY}: {name_or_path} has no component folder {', '.join(missing)}; found: {found}")
+    problems = [line for name in components for line in _lost_shards(folder / name)]
+    if problems:
+        raise UserError(*problems)
     return folder
+
+
+def _lost_shards(root: Path) -> list[str]:
+    """Weights files that a component's index names and its folder lacks."""
+    problems = []
+    for index in sorted(root.glob("*.safetensors.index.json")):
+        try:
+            named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, AttributeError):
+            problems.append(f"{KEY}: {index} is damaged; fetch it again")
+            continue
+        lost = sorted(name for name in named if not (root / name).is_file())
+        if lost:
+            problems.append(f"{KEY}: {root} lacks {', '.join(lost)}, which {index.name} names; fetch the model again")
+    return problems
+
+
+def model_class(folder: Path) -> str:
+    """The pipeline class that ``model_index.json`` names; UserError where it is missing or damaged."""
+    return str(_index(folder).get("_class_name"))
+
+
+def _index(folder: Path) -> dict[str, Any]:
+    path = folder / "model_index.json"
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{KEY}: {path} cannot be read ({type(error).__name__}); a diffusers model has one") from None
 
 
 def _download(name: str, revision: str | None, components: Sequence[str]) -> Path:
@@ -125,13 +156,34 @@ def load_module(cls: type, folder: Path, component: str, dtype: torch.dtype, **o
     """Load one component with ``cls.from_pretrained``: safetensors only, in ``dtype``, eval mode, frozen, offline.
 
     ``cls`` is a class of diffusers or transformers; ``options`` go to ``from_pretrained`` as they are.
+    Raises UserError where the folder is not one of ``cls`` or its files lack weights, which would else be random.
     """
     _refuse_pickles(folder / component)
-    with quiet_libraries():
-        module = cls.from_pretrained(  # type: ignore[attr-defined]
-            folder, subfolder=component, dtype=dtype, use_safetensors=True, local_files_only=True, **options
+    with quiet_libraries(), _readable(folder / component, cls):
+        module, found = cls.from_pretrained(  # type: ignore[attr-defined]
+            folder,
+            subfolder=component,
+            dtype=dtype,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+            **options,
         )
+    lost = sorted(str(name) for name in found["missing_keys"])
+    if lost:
+        more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
+        raise UserError(f"{KEY}: {folder / component} lacks the weights {', '.join(lost[:3])}{more} of {cls.__name__}")
     return module.eval().requires_grad_(False)
+
+
+@contextlib.contextmanager
+def _readable(root: Path, cls: type) -> Iterator[None]:
+    """Whatever a library raises on a broken or foreign folder becomes one line about it."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{KEY}: {root} cannot be loaded as {cls.__name__}: {reason}") from error
 
 
 @contextlib.contextmanager
@@ -171,8 +223,11 @@ def free(*modules: Any) -> None:
 
 def load_plain(cls: type, folder: Path, component: str) -> Any:
     """Load a component that is no network: a tokenizer, an image processor or a scheduler."""
-    with quiet_libraries():
-        return cls.from_pretrained(folder, subfolder=component, local_files_only=True)  # type: ignore[attr-defined]
+    with quiet_libraries(), _readable(folder / component, cls):
+        part = cls.from_pretrained(folder, subfolder=component, local_files_only=True)  # type: ignore[attr-defined]
+    if hasattr(part, "get_vocab") and len(part.get_vocab()) <= len(part.added_tokens_decoder):
+        raise UserError(f"{KEY}: {folder / component} has no vocabulary; fetch the tokenizer's files again")
+    return part
 
 
 def read_config(folder: Path, component: str) -> dict[str, Any]:
@@ -186,8 +241,7 @@ def read_config(folder: Path, component: str) -> dict[str, Any]:
 
 def pipeline_options(folder: Path, pipeline_class: type) -> dict[str, Any]:
     """What ``model_index.json`` says of a pipeline besides its components, in words of its constructor."""
-    path = folder / "model_index.json"
-    index = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    index = _index(folder)
     words = inspect.signature(pipeline_class).parameters
     return {name: value for name, value in index.items() if name in words and not isinstance(value, list)}
 

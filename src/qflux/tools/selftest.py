@@ -106,11 +106,7 @@ def drawn_sample(trainer: Any, controls: int, seed: int = 0, prompt: str = PROMP
     target, *rest = (
         apply_resize(picture, plan) for picture, plan in zip(pictures, (sizes.target, *sizes.controls), strict=True)
     )
-    # As the pipeline makes them: from the control that it is given.
-    seen = [
-        apply_resize(control, replace(plan, box=(0.0, 0.0, float(control.width), float(control.height))))
-        for control, plan in zip(rest, sizes.text_controls, strict=False)
-    ]
+    seen = [apply_resize(control, plan) for control, plan in zip(rest, sizes.text_controls, strict=False)]
     return EditSample(target, rest, prompt, None, f"drawn-{seed}", "", sizes, seen)
 
 

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +39,8 @@ def cache_manager(trainer: BaseTrainer, memo: DigestMemo) -> CacheManager:
             "family": family.name,
             "recipe": [RECIPE, family.recipe],
             "dtype": str(trainer.dtype),
+            # Their code makes the tensors too: text positions of one encoder changed between two releases.
+            "libraries": {name: version(name) for name in ("diffusers", "transformers")},
             "weights": {name: component_identity(trainer.folder, name, memo) for name in stage.components},
         }
         if stage.kind == "image" or family.text_sees_controls:

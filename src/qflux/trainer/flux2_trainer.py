@@ -51,6 +51,7 @@ class Flux2Trainer(BaseTrainer):
         control_size=control_size,
         control_patch="pipe.image_processor._resize_to_target_area = lambda image, area: image",
         control_limits=(64, 8.0),
+        text_limit=0,
         sigma_mu=empirical_mu,
         adapter_targets={"attention": _ATTENTION, "attention+mlp": _ATTENTION + _MORE},
         block_lists=("transformer_blocks", "single_transformer_blocks"),
@@ -78,9 +79,9 @@ class Flux2Trainer(BaseTrainer):
         return self._truncated(Mistral3ForConditionalGeneration)
 
     def _truncated(self, cls: Any) -> Any:
-        from qflux.models.loading import load_module
+        from qflux.models.loading import load_module, load_plain
 
-        config = cls.config_class.from_pretrained(self.folder, subfolder="text_encoder", local_files_only=True)
+        config = load_plain(cls.config_class, self.folder, "text_encoder")
         layers = config.get_text_config()
         layers.num_hidden_layers = min(layers.num_hidden_layers, self.text_layers)
         if getattr(layers, "layer_types", None):

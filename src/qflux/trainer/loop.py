@@ -150,13 +150,15 @@ def open_training(trainer: BaseTrainer, resume: str | None) -> Opened:
     trainer.device = place.device
     setup.check_targets(trainer)
     setup.check_steps(trainer)
+    setup.check_attention(trainer)
     datasets = setup.open_datasets(trainer)
     memo = memo_of(trainer.config)
     if trainer.config.train.loss.mask_loss and not any(spec and spec.mask for spec in datasets[0].specs):
         say(NO_MASKS)
     identity = setup.run_identity(trainer, datasets[0], memo, setup.samples_per_step(trainer, place.processes))
     memo.save()
-    notes = [SIZED_BY_CONFIG] if sized_otherwise(datasets[0].counts(), trainer.family) else []
+    by_config = trainer.config.data.control_plan == "config"
+    notes = [SIZED_BY_CONFIG] if by_config and sized_otherwise(datasets[0].counts(), trainer.family) else []
     fingerprint = datasets[0].fingerprint()
     folder = open_run(trainer.config, identity, resume, device=str(place.device), data=fingerprint, notes=notes)
     say(f"run folder {folder.path}")

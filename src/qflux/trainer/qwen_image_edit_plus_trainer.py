@@ -51,6 +51,8 @@ class QwenImageEditPlusTrainer(QwenImageNetwork, BaseTrainer):
         text_control_size=text_control_size,
         text_sees_controls=True,
         text_length=0,
+        text_varies=True,
+        reserved=("<|image_pad|>", "<|video_pad|>"),
         sigma_mu=linear_mu,
         guidance="true_cfg_scale",
         classifier_free=True,

@@ -40,6 +40,8 @@ class QwenImageEditTrainer(QwenImageNetwork, BaseTrainer):
         control_patch=_PATCH,
         text_sees_controls=True,
         text_length=0,
+        text_varies=True,
+        reserved=("<|image_pad|>", "<|video_pad|>"),
         sigma_mu=linear_mu,
         guidance="true_cfg_scale",
         classifier_free=True,

@@ -24,6 +24,8 @@ class QwenImageTrainer(QwenImageNetwork, BaseTrainer):
         ),
         folder="qwen_image",
         sisters={1: "QwenImageEdit", 2: "QwenImageEditPlus", 3: "QwenImageEditPlus"},
+        text_limit=1024,
+        text_varies=True,
         sigma_mu=linear_mu,
         guidance="true_cfg_scale",
         classifier_free=True,

@@ -63,6 +63,17 @@ def check_steps(trainer: BaseTrainer) -> None:
         )
 
 
+def check_attention(trainer: BaseTrainer) -> None:
+    """Refuse attention kernels without masks where a batch's prompts of other lengths are padded and masked."""
+    backend, batch = trainer.config.train.attention_backend, trainer.config.data.batch_size
+    maskless = any(word in backend for word in ("flash", "sage")) and "varlen" not in backend
+    if trainer.family.text_varies and batch > 1 and maskless:
+        raise UserError(
+            f"train.attention_backend: found {backend}, which takes no mask, but prompts of other lengths in one batch "
+            "are masked; set data.batch_size: 1 and train.gradient_accumulation_steps, or another backend"
+        )
+
+
 def samples_per_step(trainer: BaseTrainer, processes: int) -> int:
     """G: batch size × accumulation × processes."""
     return trainer.config.data.batch_size * trainer.config.train.gradient_accumulation_steps * processes

@@ -105,15 +105,11 @@ class QwenImageNetwork:
         text = batch.text["prompt_embeds"]
         images = [noised.x_t.to(text.dtype), *batch.controls]
         tokens = [pack(latents) for latents in images]
-        config: Any = getattr(model, "module", model).config
-        guidance = None
-        if config.guidance_embeds:
-            guidance = torch.full([1], self.config.train.guidance_scale, device=text.device).expand(len(text))
         shapes = [(1, latents.shape[-2] // 2, latents.shape[-1] // 2) for latents in images]
         output = model(
             hidden_states=torch.cat(tokens, dim=1),
             timestep=(noised.sigma * 1000).to(text.dtype) / 1000,
-            guidance=guidance,
+            guidance=None,
             encoder_hidden_states_mask=batch.text.get("prompt_embeds_mask"),
             encoder_hidden_states=text,
             img_shapes=[shapes] * len(text),
