@@ -28,7 +28,7 @@ Share = Annotated[float, Field(strict=True, gt=0, lt=1, allow_inf_nan=False)]
 class AutoMaskConfig(Section):
     """The edit mask where target and control differ, in pixels of the trained size."""
 
-    threshold: Share = Field(default=0.03, description="smallest difference that counts as edited, 0 to 1")
+    threshold: Share = Field(default=0.025, description="smallest difference that counts as edited, 0 to 1")
     dilation: Count = Field(default=4, description="pixels by which the edited area grows")
     softness: NotNegative = Field(default=2.0, description="pixels over which its edge fades")
 

@@ -57,6 +57,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     bad = [word for word in args.overrides if "=" not in word]
     if bad:
         parser.error(f"found {' '.join(bad)}, expected overrides of the form key.path=value")
+    if args.push == "" or args.export == "":
+        parser.error("--push and --export need a value, found an empty one")
     reading = args.sample or args.check or args.export or args.push
     for given, fits, where in (
         (args.checkpoint, args.sample or args.push, "--checkpoint goes with --sample or --push"),
@@ -93,7 +95,9 @@ def share(config: Config, trainer_class: type[BaseTrainer], args: argparse.Names
     if args.push:
         push(Path(args.checkpoint or newest_run(config)), args.push, import_trainer, out=args.out)
         return DONE
-    say(f"wrote {export_adapter(args.adapter, args.export, family_data(trainer_class), args.out)}")
+    averaged = args.adapter / "ema"  # the weights that samples are drawn with, where a checkpoint has them
+    adapter = averaged if averaged.is_dir() else args.adapter
+    say(f"wrote {export_adapter(adapter, args.export, family_data(trainer_class), args.out)}")
     return DONE
 
 

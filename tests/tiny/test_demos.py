@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -51,3 +53,35 @@ def test_a_demo_from_check_to_export(name: str, tmp_path: Path, capfd: pytest.Ca
         out = home / f"{form}.safetensors"
         assert f"wrote {out}" in run("--export", form, "--adapter", checkpoint(v1, 4) / WEIGHTS, "--out", out)
         assert len(load_tensors(out)) > 0
+
+
+@pytest.mark.parametrize("name", ["flux_kontext", "flux2", "qwen_image_edit", "qwen_image_edit_plus"])
+def test_the_pipelines_plan_is_checked_in_a_process_of_its_own(name: str, tmp_path: Path) -> None:
+    """Control rules run in the check's threads, some of them import their pipeline there."""
+    config = make(name, tmp_path / name)
+    words = [sys.executable, "-m", "qflux.main", "--config", config, "--check", "data.control_plan=pipeline"]
+    done = subprocess.run(list(map(str, words)), capture_output=True, text=True, timeout=300, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "the data set is fine" in done.stdout
+
+
+def test_averaged_weights_are_exported(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Samples are drawn with them, and ``--push`` shares them."""
+    config = make("flux", tmp_path / "flux")
+    small = ["train.max_train_steps=2", "train.ema={decay: 0.5}", "logging.validation.steps=null"]
+    assert main(["--config", str(config), *small]) == 0
+    last = checkpoint(config.parent / "runs/demo/v1", 2)
+    out = tmp_path / "x.safetensors"
+    assert main(["--config", str(config), "--export", "diffusers", "--adapter", str(last), "--out", str(out)]) == 0
+    averaged, raw = load_tensors(last / "ema" / WEIGHTS), load_tensors(last / WEIGHTS)
+    found = load_tensors(out)
+    assert any(not averaged[name].equal(raw[name]) for name in raw)
+    assert all(found[name].equal(averaged[name]) for name in averaged)
+
+
+def test_an_empty_repository_does_not_train(tmp_path: Path) -> None:
+    config = make("flux", tmp_path / "flux")
+    with pytest.raises(SystemExit) as ended:
+        main(["--config", str(config), "--push", ""])
+    assert ended.value.code == 2
+    assert not (config.parent / "runs").exists()

@@ -199,7 +199,7 @@ def test_a_whole_network_is_a_finetune(config: Any) -> None:
         (None, "", (), "takes pictures of this size as they are"),
         (lambda size: (96, 96), "", (), "The arguments of the call keep"),
         (lambda size: (96, 96), "", ("sizes",), "alone would resize them once more"),
-        (lambda size: (96, 96), "pipe.rule = ($width, $height), $by_aspect", ("sizes",), "keep it from that"),
+        (lambda size: (96, 96), "pipe.rule = ($width, $height), $in_order", ("sizes",), "keep it from that"),
         (lambda size: size, "pipe.rule = 1", (), "takes pictures of this size as they are"),
     ],
 )
@@ -213,7 +213,7 @@ def test_sizes_of_controls_are_told_where_the_config_made_them(
     assert said in told
     assert "48 × 64 (height × width, pixels)" in told
     assert 'ImageOps.fit(load_image("control.png"), (64, 48), Image.Resampling.LANCZOS)' in code_of(text)
-    wanted = "pipe.rule = (64, 48), {64 / 48: (64, 48)}"
+    wanted = "pipe.rule = (64, 48), [(64, 48), (64, 48)]"
     assert (wanted in code_of(text)) is ("$width" in patch)
     assert ("pipe.rule" in text) is ("# the controls keep their sizes" in code_of(text)) is ("$width" in patch)
 

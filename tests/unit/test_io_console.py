@@ -157,3 +157,20 @@ def test_a_stream_kept_by_a_library_works_afterwards(capsys, monkeypatch):
     monkeypatch.setattr(sys, "stdout", io.StringIO())
     print("later", file=kept)
     assert sys.stdout.getvalue() == "later\n"
+
+
+def test_threads_quiet_one_after_the_other(capsys):
+    from concurrent.futures import ThreadPoolExecutor
+
+    out, err = sys.stdout, sys.stderr
+
+    def work(number):
+        with quiet.quiet_imports():
+            print("dropped")
+        return number
+
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(work, range(64))) == list(range(64))
+    assert (sys.stdout, sys.stderr) == (out, err)
+    print("shown")
+    assert capsys.readouterr().out == "shown\n"

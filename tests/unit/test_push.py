@@ -26,7 +26,7 @@ from qflux.models.adapters import METADATA_KEY
 from qflux.runtime.checkpoint import save_checkpoint
 from qflux.runtime.run_folder import open_run
 from qflux.tools import push as module
-from qflux.tools.push import newest_run, push, write_hub_folder
+from qflux.tools.push import WRITTEN, newest_run, push, write_hub_folder
 from qflux.types import Family, TrainState
 
 TOKEN = "hf_" + "Zx9" * 11
@@ -135,7 +135,11 @@ class Hub:
         """Take the files that the patterns allow, as huggingface_hub chooses them."""
         self._call("upload_folder", options)
         folder = Path(options["folder_path"])
-        names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+        names = [
+            path.relative_to(folder).as_posix()
+            for path in folder.rglob("*")
+            if path.is_file() and path.name != ".push.json"
+        ]
         chosen = huggingface_hub.utils.filter_repo_objects(names, allow_patterns=options["allow_patterns"])
         self.files = {name: (folder / name).read_bytes() for name in chosen}
 
@@ -160,7 +164,11 @@ def refused(action: Callable[[], Any]) -> list[str]:
 
 
 def files_of(folder: Path) -> set[str]:
-    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    return {
+        path.relative_to(folder).as_posix()
+        for path in folder.rglob("*")
+        if path.is_file() and path.name != ".push.json"
+    }
 
 
 SHARED = {"README.md", WEIGHTS, "training_config.yaml"} | {
@@ -353,9 +361,25 @@ def test_a_folder_of_somebody_elses_is_not_touched(runs: Runs, hub: Hub, tmp_pat
     assert "is a file" in refused(lambda: push(run, NAME, painter, out=mine / ".hidden"))[0]
     assert not hub.calls
     (mine / "samples" / "diary.txt").unlink()
+    # An upload by hand would take hidden files along, a login in .netrc among them.
+    assert ".hidden" in refused(lambda: push(run, NAME, painter, out=mine))[0]
+    assert (mine / ".hidden").read_text() == "left alone"
+    (mine / ".hidden").unlink()
     push(run, NAME, painter, out=mine)
     assert set(hub.files) == SHARED
-    assert (mine / ".hidden").read_text() == "left alone"
+
+
+def test_what_an_earlier_push_left_is_replaced(runs: Runs, hub: Hub) -> None:
+    run = runs.make(10)
+    folder = write_hub_folder(run, NAME, painter).path
+    stale = folder / "pytorch_lora_weights_comfyui.safetensors"
+    stale.write_bytes(b"of an earlier step")
+    assert "holds files" in refused(lambda: push(run, NAME, painter))[0], "it is not known to be ours"
+    names = json.loads((folder / WRITTEN).read_text())
+    (folder / WRITTEN).write_text(json.dumps([*names, stale.name, "../run.json"]))
+    push(run, NAME, painter)
+    assert not stale.exists()
+    assert (run / "run.json").is_file(), "names that lead elsewhere are not followed"
 
 
 def http(status: int, text: str = "the server's words") -> HfHubHTTPError:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from qflux.io.digests import DigestMemo
 
 SHEET_NAME = "data_check.png"
-_MOST_PAIRS = 500  # compared: a third of a second each at 1024 x 1024
+_MOST_PAIRS = 500  # compared: a fifth of a second each at 1024 x 1024
 _SHOWN_PAIRS = 20
 _FAINT = 15  # masks stored as 0 and 1, or as numbers of classes
 

@@ -161,7 +161,9 @@ def load_sample(
     mask = None
     if record.mask is None and spec.mask is not None and target is not None:
         box = transfer_box(sizes.target.box, source, (pictures[0].height, pictures[0].width))
-        same = apply_resize(pictures[0], Resize(box, sizes.target.size))
+        height, width = sizes.target.size  # a coarser control is compared at its own resolution
+        own = min(height, max(1, round(box[3] - box[1]))), min(width, max(1, round(box[2] - box[0])))
+        same = apply_resize(pictures[0], Resize(box, own))
         mask = edit_mask(target, same, auto_mask.threshold, auto_mask.dilation, auto_mask.softness)
     elif record.mask is not None:
         grey = load_mask(record.mask)

@@ -51,6 +51,9 @@ def main(argv: list[str]) -> int:
     except QfluxError as error:
         print(error, file=sys.stderr)
         return error.exit_code
+    except OSError as error:
+        print(f"{error.filename}: cannot be written ({error.strerror}); name another folder", file=sys.stderr)
+        return UserError.exit_code
     say(
         f"wrote {config}; next: python -m qflux.main --config {config}, or all of it: python -m qflux.demo run {folder}"
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -28,6 +29,9 @@ _LOGGERS = {
     "DeepSpeed": "",
     "torchao": "",
 }
+
+
+_one_thread = threading.RLock()
 
 
 class _Muted:
@@ -121,9 +125,10 @@ def quiet_imports() -> Iterator[None]:
     """Silence warnings, logging, stdout and stderr for the block, then restore them.
 
     Verbosity variables of the libraries are set for the block where the user has not set them. What stays is only the
-    level ERROR of those libraries' loggers. Exceptions pass unchanged.
+    level ERROR of those libraries' loggers. Exceptions pass unchanged. Streams and logging belong to the whole process,
+    so threads enter one after the other.
     """
-    with ExitStack() as stack:
+    with _one_thread, ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
         stack.enter_context(_silent_logging())

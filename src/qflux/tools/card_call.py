@@ -36,7 +36,8 @@ def example_call(trainer_class: type[Any], config: Config, pictures: Sequence[Pa
     folder = Path(config.model.pretrained_model_name_or_path)
     dtype = torch_dtype(config.train.mixed_precision if config.model.lora is not None else "no")
     trainer = trainer_class(config, folder, dtype=dtype, device=torch.device("cpu"))
-    controls = tuple((picture.height, picture.width) for picture in sample.controls)
+    controls = tuple(plan.scaled or plan.size for plan in sample.sizes.controls)
+    framed = any(plan.box[0] > 0 or plan.box[1] > 0 for plan in sample.sizes.controls)
     try:
         given = trainer.call_kwargs(sample)
     except (OSError, UserError):  # a family may look into the model's folder, which need not be here any more
@@ -51,7 +52,7 @@ def example_call(trainer_class: type[Any], config: Config, pictures: Sequence[Pa
             argument, listed = name, isinstance(value, (list, tuple))
         elif value is not None and _is_plain(value):
             arguments[name] = list(value) if isinstance(value, tuple) else value
-    return Call(prompt, number, arguments, argument, listed, controls, tuple(extended))
+    return Call(prompt, number, arguments, argument, listed, controls, tuple(extended), framed)
 
 
 def sample_prompt(config: Config, number: int) -> str:

@@ -44,7 +44,8 @@ class Call:
     """What the pipeline was called with to draw validation sample ``index`` (0: also where there is none).
 
     arguments  name → plain value · pictures  the argument that takes the controls, a list of them where ``listed``
-    controls   (H, W) of each control · extended  what qflux gave the pipeline that it does not take by itself
+    controls   (H, W) of each control · framed  whether one was cut to the frame of the picture that is drawn
+    extended   what qflux gave the pipeline that it does not take by itself
     """
 
     prompt: str = ""
@@ -54,6 +55,7 @@ class Call:
     listed: bool = False
     controls: tuple[Size, ...] = ()
     extended: tuple[str, ...] = ()
+    framed: bool = False
 
 
 @dataclass(frozen=True)

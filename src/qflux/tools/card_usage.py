@@ -25,7 +25,9 @@ def diffusers_part(facts: CardFacts, config: Config, family: Family) -> str:
     lines += [_PATCHED, *patch.splitlines(), ""] if patch else []
     lines += [*_opened(facts, config), *_drawing(facts, config, family), "```", ""]
     drawn = "the samples were drawn with" if facts.pictures else "the training's own validation uses"
-    lines.append(f"The arguments are those that {drawn}.")
+    lines.append(f"The arguments are those that {drawn}. Made for diffusers 0.40 and newer.")
+    if facts.call.framed and config.data.control_plan == "pipeline":
+        lines.append("The control is cut to the frame of the picture that is drawn, as in training.")
     if facts.base.hub_id is None:
         lines.append(f"Put the base model's hub id, or its folder, in place of `path/to/{facts.base.name}`.")
     if facts.call.extended and not patch:
@@ -42,7 +44,7 @@ def _imports(facts: CardFacts, config: Config, family: Family) -> list[str]:
     lines = ["import torch", f"from diffusers import {', '.join(names)}"]
     if facts.call.pictures:
         lines.append("from diffusers.utils import load_image")
-    if facts.call.pictures and config.data.control_plan == "config":
+    if facts.call.pictures and (facts.call.framed or config.data.control_plan == "config"):
         lines.append("from PIL import Image, ImageOps")
     return lines
 
@@ -68,7 +70,7 @@ def _opened(facts: CardFacts, config: Config) -> list[str]:
     lines = []
     for name, (height, width) in zip(_control_names(facts.call), facts.call.controls, strict=False):
         opened = f'load_image("{name}.png")'
-        if config.data.control_plan == "config":
+        if facts.call.framed or config.data.control_plan == "config":
             opened = f"ImageOps.fit({opened}, ({width}, {height}), Image.Resampling.LANCZOS)  # width, height"
         lines.append(f"{name} = {opened}")
     return lines
@@ -131,7 +133,11 @@ def comfyui_part(facts: CardFacts, config: Config, family: Family) -> str:
             "node `LoraLoaderModelOnly`."
         )
     if _sized_by_config(config, family):
-        lines.append("Scale control pictures before they are encoded, as said below.")
+        lines.append(
+            "Scale control pictures before they are encoded, as said below. Nodes that encode prompt and picture "
+            "together may scale the picture again for the VAE: leave their `vae` input open there and pass the scaled "
+            "picture through `VAEEncode` and `ReferenceLatent`."
+        )
     return "\n".join(lines)
 
 
@@ -142,16 +148,16 @@ def _sized_by_config(config: Config, family: Family) -> bool:
 def _patch(facts: CardFacts, config: Config, family: Family) -> str:
     """The family's lines that keep its pipeline from resizing controls sized by the config; empty if it leaves them.
 
-    In them ``$height`` and ``$width`` stand for the first control's, ``$by_aspect`` for a dict from each control's
-    width / height to its (width, height).
+    In them ``$height`` and ``$width`` stand for the first control's, ``$in_order`` for a list of
+    (width, height): the last control's, then each control's.
     """
     lines = family.control_patch
     controls = facts.call.controls
     if not lines or not controls or not _sized_by_config(config, family) or _kept(facts, family):
         return ""
     height, width = controls[0]
-    pairs = dict.fromkeys(f"{width} / {height}: ({width}, {height})" for height, width in controls)
-    return Template(lines).substitute(height=height, width=width, by_aspect=f"{{{', '.join(pairs)}}}").strip()
+    in_order = [(wide, high) for high, wide in (controls[-1], *controls)]
+    return Template(lines).substitute(height=height, width=width, in_order=in_order).strip()
 
 
 def _kept(facts: CardFacts, family: Family) -> bool:

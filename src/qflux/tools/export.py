@@ -80,8 +80,11 @@ def export_adapter(adapter: Path, fmt: str, folder: Traversable, out: Path | Non
         tensors = _plain_tensors(source)
     else:
         tensors = native_tensors(source.layers, read_rules(folder), fmt, str(path))
-    target.parent.mkdir(parents=True, exist_ok=True)
-    save_tensors(target, tensors, metadata)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        save_tensors(target, tensors, metadata)
+    except OSError as error:
+        raise UserError(f"--out: cannot write {target} ({error.strerror}); name another file") from error
     return target
 
 

@@ -7,6 +7,7 @@ settings are cut to their last name. Nothing in the repository is deleted. The t
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import shutil
 from collections.abc import Callable
@@ -36,7 +37,9 @@ from qflux.trainer.early import sample_name
 from qflux.types import Family
 
 CARD, SETTINGS, PICTURES, SHEET = "README.md", "training_config.yaml", "samples", "sheet.png"
+WRITTEN = ".push.json"  # names of the files that the last push wrote into the folder
 MOST_PICTURES = 8
+_OURS = re.compile(rf"({PICTURES}/)?[\w-]+\.\w+")
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,10 @@ def push(
     told otherwise. Raises UserError: no such checkpoint, not logged in, no right to write, hub out of reach.
     """
     check_repo(repo)
-    hub = write_hub_folder(run, repo, import_trainer, out=out)
+    try:
+        hub = write_hub_folder(run, repo, import_trainer, out=out)
+    except OSError as error:
+        raise UserError(f"--out: cannot write {error.filename} ({error.strerror}); name another folder") from error
     say(f"{hub.path}: {len(hub.files)} files to share, {CARD} first")
     address = upload(hub, repo, private=private)
     say(f"pushed to {address}")
@@ -123,6 +129,7 @@ def write_hub_folder(
         copies[comfyui.name] = comfyui
     files = sorted([*copies, SETTINGS, CARD])
     _refuse_others(folder, files)
+    atomic.write_json(folder / WRITTEN, files)
     for name, path in copies.items():
         _copy(path, folder / name)
     _verify(source, folder, weights)
@@ -210,19 +217,23 @@ def _refuse_others(folder: Path, files: list[str]) -> None:
     """A folder with other files in it is somebody's: nothing is written there, let alone uploaded."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--out: {folder} is a file; name an empty folder, or none for one in the run's folder")
+    written = json.loads((folder / WRITTEN).read_text(encoding="utf-8")) if (folder / WRITTEN).is_file() else []
+    for name in set(written) - set(files):  # an earlier push's, and of no use any more
+        if _OURS.fullmatch(str(name)):
+            (folder / name).unlink(missing_ok=True)
     parts = {name.rpartition("/")[0] for name in files}  # "" is the folder itself
     others = []
     for part in sorted(parts):
         atomic.sweep(folder / part)
-        names = [f"{part}/{name}".lstrip("/") for name in _visible(folder / part)]
-        others += [name for name in names if name not in files and name not in parts]
+        names = [f"{part}/{name}".lstrip("/") for name in _names(folder / part)]
+        others += [name for name in names if name not in (*files, WRITTEN) and name not in parts]
     if others:
         shown = ", ".join(others[:3]) + (f" and {len(others) - 3} more" if len(others) > 3 else "")
         raise UserError(f"--out: {folder} holds files that are not of this push: {shown}; move them away")
 
 
-def _visible(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir() if path.name[0] != ".") if folder.is_dir() else []
+def _names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
 
 
 def _copy(path: Path, target: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -25,11 +26,17 @@ _MLP = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"
 
 def preferred_size(size: Size) -> Size:
     """The pipeline's own choice for a control of ``size`` (H, W): its preferred resolution of the nearest aspect."""
+    aspect = size[1] / size[0]
+    _, width, height = min((abs(aspect - w / h), w, h) for w, h in _preferred())
+    return height, width
+
+
+@functools.cache
+def _preferred() -> list[tuple[int, int]]:
+    """The pipeline's preferred resolutions, (W, H)."""
     with quiet_imports():
         from diffusers.pipelines.flux.pipeline_flux_kontext import PREFERRED_KONTEXT_RESOLUTIONS
-    aspect = size[1] / size[0]
-    _, width, height = min((abs(aspect - w / h), w, h) for w, h in PREFERRED_KONTEXT_RESOLUTIONS)
-    return height, width
+    return list(PREFERRED_KONTEXT_RESOLUTIONS)
 
 
 class FluxKontextTrainer(BaseTrainer):

@@ -25,9 +25,10 @@ from qflux.types import EditSample, EncodedSample, EncodeStage, Family, Size
 
 _ENCODERS = ("processor", "tokenizer", "text_encoder")
 _PATCH = """
+from itertools import cycle
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as sizing
-rule, sizes = sizing.calculate_dimensions, $by_aspect  # width / height: (width, height)
-sizing.calculate_dimensions = lambda area, ratio: sizes[ratio] if area == 1024 * 1024 else rule(area, ratio)
+rule, sizes = sizing.calculate_dimensions, cycle($in_order)  # (width, height): the last, then each
+sizing.calculate_dimensions = lambda area, ratio: next(sizes) if area == 1024 * 1024 else rule(area, ratio)
 """
 
 
