@@ -186,8 +186,8 @@ class Family:
     sisters         number of controls outside that → trainer to use
     control_size    how that pipeline sizes a control: (H, W) → (H, W); used by ``control_plan: pipeline``
     text_control_size  the same for the picture its text encoder sees, in every plan; None = the control itself
-    control_patch   code with which users keep the pipeline from resizing controls that the config sized; ``$height``,
-                    ``$width`` (the first control's) and ``$in_order`` ((width, height) of the last, then each) are filled in
+    control_patch   code with which users keep the pipeline from resizing controls that the config sized: ``$height``,
+                    ``$width`` (the first's), ``$in_order`` ((width, height): the last, then each) are filled in
     control_limits  smallest side in pixels and largest aspect that the pipeline accepts of a control
     sigma_mu        (scheduler config, predicted positions, denoising steps) → μ of the pipeline's dynamic shift; None
                     where it is fixed

@@ -1,0 +1,28 @@
+"""The folder that is shared: what may lie in it already."""
+
+import json
+
+import pytest
+
+from qflux.errors import UserError
+from qflux.tools import push
+
+
+def test_what_an_earlier_push_left_is_replaced(tmp_path):
+    folder = tmp_path / "hub"
+    folder.mkdir()
+    stale, outside = folder / "weights_comfyui.safetensors", tmp_path / "run.json"
+    stale.write_bytes(b"of an earlier step")
+    outside.write_text("{}")
+    with pytest.raises(UserError, match="holds files that are not of this push: weights_comfyui"):
+        push._refuse_others(folder, ["README.md"])
+    (folder / push.WRITTEN).write_text(json.dumps(["README.md", stale.name, "../run.json"]))
+    push._refuse_others(folder, ["README.md"])
+    assert not stale.exists()
+    assert outside.exists(), "names that lead elsewhere are not followed"
+
+
+def test_hidden_files_are_somebodys_too(tmp_path):
+    (tmp_path / ".netrc").write_text("an upload by hand would take it along")
+    with pytest.raises(UserError, match=r"holds files that are not of this push: \.netrc"):
+        push._refuse_others(tmp_path, ["README.md"])
