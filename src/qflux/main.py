@@ -89,14 +89,14 @@ def check(config: Config, trainer_class: type[BaseTrainer], args: argparse.Names
 def share(config: Config, trainer_class: type[BaseTrainer], args: argparse.Namespace) -> int:
     """``--export`` and ``--push``: the result for other tools, or for other people."""
     from qflux.models.structures import family_data
+    from qflux.runtime.checkpoint import drawn_weights
     from qflux.tools.export import export_adapter
     from qflux.tools.push import newest_run, push
 
     if args.push:
         push(Path(args.checkpoint or newest_run(config)), args.push, import_trainer, out=args.out)
         return DONE
-    averaged = args.adapter / "ema"  # the weights that samples are drawn with, where a checkpoint has them
-    adapter = averaged if averaged.is_dir() else args.adapter
+    adapter = drawn_weights(args.adapter)
     say(f"wrote {export_adapter(adapter, args.export, family_data(trainer_class), args.out)}")
     return DONE
 

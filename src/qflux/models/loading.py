@@ -10,7 +10,7 @@ import gc
 import inspect
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -248,11 +248,15 @@ def pipeline_options(folder: Path, pipeline_class: type) -> dict[str, Any]:
 
 def meta_module(folder: Path, component: str) -> torch.nn.Module | None:
     """A component's structure without weights; None where its class is not one of diffusers'."""
+    return meta_network(read_config(folder, component))
+
+
+def meta_network(config: Mapping[str, Any]) -> torch.nn.Module | None:
+    """The network of a diffusers config on the meta device; None where ``_class_name`` is no class of diffusers."""
     with quiet_imports():
         import diffusers
-    config = read_config(folder, component)
     cls = getattr(diffusers, str(config.get("_class_name")), None)
     if cls is None:
         return None
     with quiet_libraries(), torch.device("meta"):
-        return cls.from_config(config)
+        return cls.from_config(dict(config))

@@ -10,16 +10,15 @@ import inspect
 import json
 import math
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from qflux.errors import UserError
-from qflux.io.quiet import quiet_imports
-from qflux.models.loading import quiet_libraries
+from qflux.models.loading import meta_network
 from qflux.types import Size
 
 FILE = "structures.json"
@@ -43,14 +42,10 @@ def meta_transformer(config: Mapping[str, Any]) -> nn.Module:
 
     UserError when ``_class_name`` is not a class of diffusers.
     """
-    with quiet_imports():
-        import diffusers
-    name = config.get("_class_name")
-    cls = getattr(diffusers, str(name), None)
-    if cls is None:
-        raise UserError(f"diffusers {diffusers.__version__} has no network class {name!r}")
-    with quiet_libraries(), torch.device("meta"):
-        return cls.from_config(dict(config))
+    network = meta_network(config)
+    if network is None:
+        raise UserError(f"diffusers {version('diffusers')} has no network class {config.get('_class_name')!r}")
+    return network
 
 
 def entry_bytes(

@@ -25,6 +25,7 @@ from qflux.types import TrainState
 FORMAT = 1
 MANIFEST = "manifest.json"
 STATE = "state.json"
+AVERAGED = "ema"  # folder of the averaged weights in a checkpoint
 # ".old" is a complete checkpoint that was moved aside while its successor of the same step took its name.
 _NAME = re.compile(r"checkpoint-(\d{6,})(\.old\d*)?")
 
@@ -219,3 +220,9 @@ def _reason(error: Exception) -> str:
     if isinstance(error, OSError):
         return error.strerror or type(error).__name__
     return f"unreadable ({error})"
+
+
+def drawn_weights(checkpoint: Path) -> Path:
+    """The folder of the weights that samples are drawn with: the averaged ones where a checkpoint has them."""
+    averaged = checkpoint / AVERAGED
+    return averaged if averaged.is_dir() else checkpoint

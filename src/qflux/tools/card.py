@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from qflux.config import Config, LossConfig
 from qflux.io.quiet import quiet_imports
+from qflux.models.loading import torch_dtype
 from qflux.tools.card_facts import CardFacts
 from qflux.tools.card_usage import (
-    DTYPES,
     base_link,
     code,
     comfyui_part,
@@ -172,7 +172,7 @@ def _loss(loss: LossConfig) -> str:
 
 
 def _precision(config: Config) -> str:
-    dtype = DTYPES[config.train.mixed_precision].removeprefix("torch.")
+    dtype = str(torch_dtype(config.train.mixed_precision)).removeprefix("torch.")
     return f"weights in float32, computed in {dtype}" if config.model.lora is None else f"base {dtype}, adapter float32"
 
 

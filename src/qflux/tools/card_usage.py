@@ -10,10 +10,10 @@ from string import Template
 from qflux.config import Config
 from qflux.data.geometry import sized_otherwise
 from qflux.io.quiet import quiet_imports
+from qflux.models.loading import torch_dtype
 from qflux.tools.card_facts import HUB, Base, Call, CardFacts
 from qflux.types import Family
 
-DTYPES = {"no": "torch.float32", "bf16": "torch.bfloat16", "fp16": "torch.float16"}
 _PATCHED = "# the controls keep their sizes"
 
 
@@ -50,7 +50,7 @@ def _imports(facts: CardFacts, config: Config, family: Family) -> list[str]:
 
 
 def _loading(facts: CardFacts, config: Config, family: Family) -> list[str]:
-    dtype = f"dtype={DTYPES[config.train.mixed_precision]}"
+    dtype = f"dtype={torch_dtype(config.train.mixed_precision)}"
     base = _quoted(facts.base.hub_id or f"path/to/{facts.base.name}")
     options = [base, *([f"revision={_quoted(facts.base.revision)}"] if facts.base.revision else []), dtype]
     repo, weights = _quoted(facts.repo), _quoted(facts.weights)

@@ -27,7 +27,14 @@ from qflux.io.progress import say
 from qflux.io.quiet import quiet_imports
 from qflux.io.tensors import read_metadata
 from qflux.models.adapters import WEIGHTS_FILE
-from qflux.runtime.checkpoint import find_checkpoint, list_checkpoints, read_manifest, read_state, verify_checkpoint
+from qflux.runtime.checkpoint import (
+    drawn_weights,
+    find_checkpoint,
+    list_checkpoints,
+    read_manifest,
+    read_state,
+    verify_checkpoint,
+)
 from qflux.runtime.run_folder import read_record, run_folders
 from qflux.runtime.tracking import METRICS, read_metrics
 from qflux.tools.card import write_card
@@ -158,9 +165,8 @@ def _source(path: Path, import_trainer: Callable[[Config], type[Any]]) -> _Sourc
         checkpoint = find_checkpoint(path) if path.is_dir() else None
     if checkpoint is None:
         raise UserError(f"--push: found no checkpoint at {path}, expected a run's folder or a checkpoint in one")
-    run, ema = checkpoint.parent, checkpoint / "ema"
-    config = _config(run)
-    return _Source(run, checkpoint, ema if ema.is_dir() else checkpoint, config, import_trainer(config))
+    config = _config(checkpoint.parent)
+    return _Source(checkpoint.parent, checkpoint, drawn_weights(checkpoint), config, import_trainer(config))
 
 
 def _config(run: Path) -> Config:

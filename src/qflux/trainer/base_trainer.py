@@ -16,6 +16,7 @@ from qflux.types import Batch, EditSample, EncodedSample, Family, Noised
 
 if TYPE_CHECKING:
     import torch
+    from PIL import Image
     from torch import Tensor, nn
 
     from qflux.config import Config
@@ -83,6 +84,18 @@ class BaseTrainer(ABC):
     def text_length(self) -> int:
         """Text tokens to which prompts are cut or padded; 0 where the family takes them whole."""
         return self.config.data.max_sequence_length or self.family.text_length
+
+    def pixels(self, image: Image.Image) -> Tensor:
+        """A sized picture as the VAEs take it: ``[1, 3, H, W]`` in [-1, 1], fp32 on the CPU."""
+        from diffusers.image_processor import VaeImageProcessor
+
+        return VaeImageProcessor(vae_scale_factor=self.family.size_multiple).preprocess(image)
+
+    def pipeline_parts(self, components: Mapping[str, Any]) -> dict[str, Any]:
+        """The official pipeline's components: what drawing needs, and encoders, None where they are not loaded."""
+        encoders = {name for stage in self.family.stages if stage.kind == "text" for name in stage.components}
+        needed = {name: components[name] for name in (*self.family.drawing, self.family.denoiser)}
+        return needed | {name: components.get(name) for name in encoders}
 
     def fit(self, stop: StopSignal, resume: str | None = None) -> None:
         """Train: make or complete the cache, then the loop, with checkpoints and validation on the way."""

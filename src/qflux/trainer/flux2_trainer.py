@@ -119,10 +119,7 @@ class Flux2Trainer(BaseTrainer):
         )
 
     def _posterior(self, vae: Any, image: Image.Image) -> Any:
-        from diffusers.image_processor import VaeImageProcessor
-
-        pixels = VaeImageProcessor(vae_scale_factor=self.family.size_multiple).preprocess(image)
-        return vae.encode(pixels.to(self.device, vae.dtype)).latent_dist
+        return vae.encode(self.pixels(image).to(self.device, vae.dtype)).latent_dist
 
     @staticmethod
     def _patches(latents: Tensor) -> Tensor:
@@ -163,14 +160,7 @@ class Flux2Trainer(BaseTrainer):
         """See BaseTrainer."""
         from diffusers import Flux2Pipeline
 
-        return self._keep_sizes(Flux2Pipeline(**self._parts(components)))
-
-    @staticmethod
-    def _parts(components: Mapping[str, Any]) -> dict[str, Any]:
-        names = ("scheduler", "vae", "transformer")
-        return {name: components[name] for name in names} | {
-            name: components.get(name) for name in ("text_encoder", "tokenizer")
-        }
+        return self._keep_sizes(Flux2Pipeline(**self.pipeline_parts(components)))
 
     def _keep_sizes(self, pipe: Any) -> Any:
         """With sizes from the config the pipeline must not make a large control smaller."""
@@ -214,4 +204,4 @@ class Flux2KleinTrainer(Flux2Trainer):
         from qflux.models.loading import pipeline_options
 
         options = pipeline_options(self.folder, Flux2KleinPipeline)
-        return self._keep_sizes(Flux2KleinPipeline(**self._parts(components), **options))
+        return self._keep_sizes(Flux2KleinPipeline(**self.pipeline_parts(components), **options))

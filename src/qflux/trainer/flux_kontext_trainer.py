@@ -108,10 +108,7 @@ class FluxKontextTrainer(BaseTrainer):
         return tokens.input_ids.to(self.device)
 
     def _posterior(self, vae: Any, image: Image.Image) -> Any:
-        from diffusers.image_processor import VaeImageProcessor
-
-        pixels = VaeImageProcessor(vae_scale_factor=self.family.size_multiple).preprocess(image)
-        return vae.encode(pixels.to(self.device, vae.dtype)).latent_dist
+        return vae.encode(self.pixels(image).to(self.device, vae.dtype)).latent_dist
 
     @staticmethod
     def _normalise(vae: Any, latents: Tensor) -> Tensor:
@@ -143,13 +140,7 @@ class FluxKontextTrainer(BaseTrainer):
 
     def pipeline(self, components: Mapping[str, Any]) -> Any:
         """See BaseTrainer; for two and more controls a subclass that overrides only ``prepare_latents``."""
-        return _pipeline_class()(**self._parts(components))
-
-    @staticmethod
-    def _parts(components: Mapping[str, Any]) -> dict[str, Any]:
-        names = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
-        needed = {name: components[name] for name in ("scheduler", "vae", "transformer")}
-        return needed | {name: components.get(name) for name in names}
+        return _pipeline_class()(**self.pipeline_parts(components))
 
     def call_kwargs(self, sample: EditSample) -> dict[str, Any]:
         """See BaseTrainer; controls are sized already, so the pipeline's own resizing is switched off or a no-op."""
@@ -215,7 +206,7 @@ class FluxTrainer(FluxKontextTrainer):
         """See BaseTrainer."""
         with quiet_imports():
             from diffusers import FluxPipeline
-        return FluxPipeline(**self._parts(components))
+        return FluxPipeline(**self.pipeline_parts(components))
 
     def call_kwargs(self, sample: EditSample) -> dict[str, Any]:
         """See BaseTrainer."""

@@ -14,7 +14,7 @@ from qflux.errors import UserError
 from qflux.io.progress import say
 from qflux.models import adapters
 from qflux.models.optimizers import eval_mode
-from qflux.runtime.checkpoint import find_checkpoint, verify_checkpoint
+from qflux.runtime.checkpoint import drawn_weights, find_checkpoint, verify_checkpoint
 from qflux.runtime.tracking import METRICS, read_metrics
 from qflux.trainer.early import memo_of, read_samples
 from qflux.trainer.encoding import cache_manager, fill_cache, text_stages
@@ -163,7 +163,7 @@ def load_trained(trainer: BaseTrainer, folder: Path | None) -> Any:
     model = trainer.load(trainer.family.denoiser)
     if folder is None:
         return model
-    folder = folder / "ema" if (folder / "ema").is_dir() else folder
+    folder = drawn_weights(folder)
     lora = trainer.config.model.lora
     if lora is None:
         adapters.load_full(folder, model, trainer.family.denoiser)

@@ -16,7 +16,7 @@ from qflux.models.adapters import load_adapter, load_full, save_adapter, save_fu
 from qflux.models.ema import Ema
 from qflux.models.optimizers import eval_mode, load_optimizer_state, optimizer_state
 from qflux.models.schedules import Schedule
-from qflux.runtime.checkpoint import read_state
+from qflux.runtime.checkpoint import AVERAGED, read_state
 from qflux.types import TrainState
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def write_weights(folder: Path, trainer: BaseTrainer, weights: Weights, info: Ma
         save_tensors(folder / "training_weights.safetensors", raw)
     if weights.ema is not None:
         with weights.ema.swapped():
-            _write_model(folder / "ema", trainer, weights.model, info)
+            _write_model(folder / AVERAGED, trainer, weights.model, info)
         save_state(folder, "ema_state", weights.ema.state())
     save_state(folder, "optimizer", optimizer_state(weights.optimizer))
     save_state(folder, "schedule", weights.schedule.state())

@@ -5,26 +5,28 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import sys
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from qflux.io.quiet import quiet_imports
 from qflux.models.patches import pack, unpack
-from qflux.types import Batch, EditSample, EncodedSample, Noised, Size
+from qflux.models.sigma_shift import linear_mu
+from qflux.types import Batch, EditSample, EncodedSample, EncodeStage, Family, Noised, Size
 
 if TYPE_CHECKING:
-    import torch
     from PIL import Image
     from torch import Tensor, nn
 
-    from qflux.config import Config
+    from qflux.trainer.base_trainer import BaseTrainer as _Trainer
+else:
+    _Trainer = object  # mixed into a trainer, which is checked for its family and hooks when it is made
 
-ATTENTION = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0")
+_ATTENTION = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0")
 _TEXT_ATTENTION = ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out")
 _MLP = ("img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2")
-TARGETS = {"attention": ATTENTION, "attention+mlp": ATTENTION + _TEXT_ATTENTION + _MLP}
 AREA = 1024 * 1024  # pixels of a control for the VAE, as the pipelines size it
 
 
@@ -41,13 +43,39 @@ def control_size(size: Size) -> Size:
     return near_area(AREA, size)
 
 
-class QwenImageNetwork:
-    """Hooks that the three families have in common; to be mixed into a trainer."""
+# What the families have in common; each replaces its name, its pipeline and its numbers of controls.
+TEXT_TO_IMAGE = Family(
+    name="",
+    pipeline_class="",
+    stages=(
+        EncodeStage("vae", ("vae",), "image"),
+        EncodeStage("text_encoder", ("tokenizer", "text_encoder"), "text"),
+    ),
+    folder="qwen_image",
+    text_limit=1024,
+    text_varies=True,
+    sigma_mu=linear_mu,
+    guidance="true_cfg_scale",
+    classifier_free=True,
+    empty_prompt=" ",
+    adapter_targets={"attention": _ATTENTION, "attention+mlp": _ATTENTION + _TEXT_ATTENTION + _MLP},
+    block_lists=("transformer_blocks",),
+)
+EDITS = replace(
+    TEXT_TO_IMAGE,
+    stages=(
+        EncodeStage("vae", ("vae",), "image"),
+        EncodeStage("text_encoder", ("processor", "tokenizer", "text_encoder"), "text"),
+    ),
+    control_size=control_size,
+    text_sees_controls=True,
+    text_length=0,
+    reserved=("<|image_pad|>", "<|video_pad|>"),
+)
 
-    config: Config
-    folder: Path
-    dtype: torch.dtype
-    device: torch.device
+
+class QwenImageNetwork(_Trainer):
+    """Hooks that the three families have in common; to be mixed into a trainer."""
 
     def load(self, component: str) -> Any:
         """See BaseTrainer; classes as the pipelines declare them."""
@@ -74,8 +102,33 @@ class QwenImageNetwork:
             return ImageTextProcessor(tokenizer, pictures, "<|image_pad|>")
         return load_plain(plain[component], self.folder, component)
 
-    def encode_pictures(self, vae: Any, sample: EditSample, encoded: EncodedSample) -> None:
-        """Fill in the latents of target and controls: ``(posterior − mean) / std`` by channel, one frame."""
+    def encode(self, parts: Mapping[str, Any], sample: EditSample) -> EncodedSample:
+        """See BaseTrainer; text is ``prompt_embeds [L, D]`` of the prompt's own length, behind the template's start.
+
+        The pipeline's own method encodes it, with its own template. Latents are ``(posterior − mean) / std`` by
+        channel, of one frame.
+        """
+        encoded = EncodedSample(target=None, controls=[], text={}, edit_mask=None, sizes=sample.sizes)
+        if "text_encoder" in parts:
+            text_parts = {name: parts[name] for stage in self.family.stages[1:] for name in stage.components}
+            pipe = self.official_class()(scheduler=None, vae=None, transformer=None, **text_parts)
+            embeds, _ = pipe.encode_prompt(sample.prompt, device=self.device, **self.text_words(sample))
+            encoded.text["prompt_embeds"] = embeds[0].to(self.dtype)
+        if "vae" in parts:
+            self._encode_pictures(parts["vae"], sample, encoded)
+        return encoded
+
+    def official_class(self) -> Any:
+        """The family's pipeline class of diffusers."""
+        with quiet_imports():
+            import diffusers
+        return getattr(diffusers, self.family.pipeline_class)
+
+    def text_words(self, sample: EditSample) -> dict[str, Any]:
+        """What the pipeline's ``encode_prompt`` takes besides the prompt."""
+        return {"max_sequence_length": self.text_length}
+
+    def _encode_pictures(self, vae: Any, sample: EditSample, encoded: EncodedSample) -> None:
         encoded.controls = [self._normalise(vae, self._posterior(vae, image).mode()) for image in sample.controls]
         if sample.target is not None:
             posterior = self._posterior(vae, sample.target)
@@ -84,10 +137,7 @@ class QwenImageNetwork:
                 encoded.target_std = (posterior.std / self._statistics(vae, "latents_std"))[0, :, 0]
 
     def _posterior(self, vae: Any, image: Image.Image) -> Any:
-        from diffusers.image_processor import VaeImageProcessor
-
-        pixels = VaeImageProcessor(vae_scale_factor=16).preprocess(image)
-        return vae.encode(pixels.unsqueeze(2).to(self.device, vae.dtype)).latent_dist
+        return vae.encode(self.pixels(image).unsqueeze(2).to(self.device, vae.dtype)).latent_dist
 
     def _statistics(self, vae: Any, name: str) -> Tensor:
         import torch
@@ -119,18 +169,46 @@ class QwenImageNetwork:
         return unpack(output[:, : tokens[0].shape[1]], noised.x_t.shape[-2:])
 
 
-def control_sizes(sample: EditSample) -> list[Size]:
+class QwenImageEdits(QwenImageNetwork):
+    """What the two edit families add: controls for text encoder and pipeline, at the sizes they were trained with.
+
+    several  the pipeline takes a list of controls, and asks for the last one's size once more, before each one's
+    """
+
+    several: ClassVar[bool]
+
+    def text_words(self, sample: EditSample) -> dict[str, Any]:
+        """The controls as the text encoder sees them."""
+        return {"image": sample.text_controls if self.several else sample.text_controls[0]}
+
+    def pipeline(self, components: Mapping[str, Any]) -> Any:
+        """See BaseTrainer; a subclass that takes controls at the sizes they were trained with."""
+        return _with_control_sizes(self.official_class(), leading=self.several)(**self.pipeline_parts(components))
+
+    def call_kwargs(self, sample: EditSample) -> dict[str, Any]:
+        """See BaseTrainer."""
+        height, width = sample.sizes.target.size
+        return {
+            "image": list(sample.controls) if self.several else sample.controls[0],
+            "height": height,
+            "width": width,
+            "pipeline.control_sizes": _control_sizes(sample),
+        }
+
+
+def _control_sizes(sample: EditSample) -> list[Size]:
     """Sizes of the controls where the pipeline would size them otherwise; empty where its own rule agrees."""
     sizes = [(image.height, image.width) for image in sample.controls]
     return sizes if any(control_size(size) != size for size in sizes) else []
 
 
-def with_control_sizes(pipeline_class: Any, module: Any, *, leading: bool) -> Any:
+def _with_control_sizes(pipeline_class: Any, *, leading: bool) -> Any:
     """``pipeline_class`` that takes controls as they are where ``control_sizes`` is set: its one change is that rule.
 
-    module   that of the pipeline, in which its ``calculate_dimensions(area, ratio)`` is looked up
-    leading  the pipeline asks once more, for the last control, before it asks for each
+    The rule is ``calculate_dimensions(area, ratio)`` of the pipeline's module; with ``leading`` the pipeline asks it
+    once more, for the last control, before it asks for each.
     """
+    module = sys.modules[pipeline_class.__module__]
 
     class SizedControls(pipeline_class):  # type: ignore[misc]
         control_sizes: Sequence[Size] = ()
@@ -160,14 +238,3 @@ def _sized(module: Any, sizes: Sequence[Size]) -> Iterator[None]:
         yield
     finally:
         module.calculate_dimensions = original
-
-
-def drawing_parts(components: Mapping[str, Any], *encoders: str) -> dict[str, Any]:
-    """A pipeline's components, those of ``encoders`` None where they are not loaded."""
-    needed = {name: components[name] for name in ("scheduler", "vae", "transformer")}
-    return needed | {name: components.get(name) for name in encoders}
-
-
-def text_pipeline(pipeline_class: Any, parts: Mapping[str, Any]) -> Any:
-    """The pipeline with its text encoder only: its own method encodes prompts, its own template is used."""
-    return pipeline_class(scheduler=None, vae=None, transformer=None, **parts)
