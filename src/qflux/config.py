@@ -30,13 +30,16 @@ from qflux.config_values import (
     Number,
     Pixels,
     Positive,
+    QuantizeMethod,
     Section,
     Seed,
     Text,
     checkpointing,
+    device_memory,
     entries,
     filled_later,
-    not_quantized,
+    quantize_method,
+    quantize_methods,
     same_as_rank,
     sigma_shift,
     targets,
@@ -78,9 +81,15 @@ class ModelConfig(Section):
         description="hub id, or a local folder in diffusers layout (./, ../ and / always mean a folder)"
     )
     revision: Text | None = Field(default=None, description="branch, tag or commit on the hub; null = its default")
-    quantize: Annotated[bool, BeforeValidator(not_quantized, json_schema_input_type=bool | str)] = Field(
-        default=False, description="quantized loading of the frozen base; this version knows false only"
-    )
+    quantize: Annotated[
+        Literal[False] | QuantizeMethod, BeforeValidator(quantize_method, json_schema_input_type=bool | QuantizeMethod)
+    ] = Field(default=False, description="number format of the frozen base's blocks; true = quanto-fp8, false = none")
+    quantize_text_encoders: Annotated[
+        Literal[False] | QuantizeMethod | dict[str, Literal[False] | QuantizeMethod],
+        BeforeValidator(
+            quantize_methods, json_schema_input_type=bool | QuantizeMethod | dict[str, bool | QuantizeMethod]
+        ),
+    ] = Field(default=False, description="the same for all text encoders, or component: method for each")
     lora: LoraConfig | None = Field(
         default_factory=LoraConfig, description="adapter to train; null = the whole network"
     )
@@ -174,9 +183,27 @@ class TrainConfig(Section):
     seed: Seed = Field(default=0, description=f"seed of every draw, 0 to {SEED_LIMIT}")
     gradient_accumulation_steps: Positive = Field(default=1, description="batches per process in one optimizer step")
     gradient_checkpointing: Annotated[
-        Literal["none", "full"],
-        BeforeValidator(checkpointing, json_schema_input_type=bool | Literal["none", "full"]),
-    ] = Field(default="none", description="recompute activations to save memory: false = none, true = full")
+        Literal["none", "ffn", "alternate", "full", "selective"],
+        BeforeValidator(
+            checkpointing, json_schema_input_type=bool | Literal["none", "ffn", "alternate", "full", "selective"]
+        ),
+    ] = Field(
+        default="none",
+        description="what is recomputed to save memory: feed-forward parts, every second block, every block, or every "
+        "block but its attention; false = none, true = full",
+    )
+    offload_activations: Flag = Field(
+        default=False, description="true: inputs of recomputed parts wait in host memory; slow, the last resort"
+    )
+    offload_blocks: Count = Field(
+        default=0, description="blocks of the frozen base that wait in host memory and visit the device"
+    )
+    memory_limit: Annotated[
+        str | None, BeforeValidator(device_memory, json_schema_input_type=AboveZero | str | None)
+    ] = Field(
+        default=None,
+        description="memory of a device that the plan must fit, such as 24GB; null = what a GPU has free; none = any",
+    )
     mixed_precision: Literal["no", "bf16", "fp16"] = Field(
         default="bf16",
         description="dtype of the frozen base (no = fp32); adapters are fp32. With lora: null weights stay fp32 and "

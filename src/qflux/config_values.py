@@ -9,13 +9,16 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, model_validator
 
 TRACKERS = ("tensorboard", "wandb", "swanlab", "trackio")
 PRODUCT = re.compile(r"\s*([1-9][0-9]{0,4})\s*\*\s*([1-9][0-9]{0,4})\s*")
 SEED_LIMIT = 2**32 - 1
+QuantizeMethod = Literal["bnb-nf4", "bnb-fp4", "bnb-int8", "quanto-int8", "quanto-int4", "quanto-int2", "quanto-fp8"]
+METHODS: tuple[str, ...] = get_args(QuantizeMethod)
+_UNITS = {"": 30, "G": 30, "GB": 30, "GIB": 30, "M": 20, "MB": 20, "MIB": 20}  # powers of two, as cards are sold
 
 Count = Annotated[int, Field(strict=True, ge=0)]
 Positive = Annotated[int, Field(strict=True, ge=1)]
@@ -135,11 +138,38 @@ def checkpointing(value: Any) -> Any:
     return {True: "full", False: "none"}[value] if isinstance(value, bool) else value
 
 
-def not_quantized(value: Any) -> Any:
-    """Only false."""
-    if value is not False:
-        raise ValueError("quantized loading is not available in this version; set model.quantize: false")
-    return False
+def quantize_method(value: Any) -> Any:
+    """true is ``quanto-fp8``, false and null are none."""
+    if value in (False, None):
+        return False
+    if value is True:
+        return "quanto-fp8"
+    if value not in METHODS:
+        raise ValueError(f"expected false, true (quanto-fp8) or one of {', '.join(METHODS)}")
+    return value
+
+
+def quantize_methods(value: Any) -> Any:
+    """One method for all components, or a mapping from component to method."""
+    if isinstance(value, Mapping):
+        return {name: quantize_method(method) for name, method in value.items()}
+    return quantize_method(value)
+
+
+def memory_bytes(text: str) -> int:
+    """Bytes of ``24GB``, ``23.5 GiB`` or ``24``: GB is 2³⁰ bytes, as cards are sold. ValueError otherwise."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    unit = _UNITS.get(found[2].upper()) if found else None
+    if not found or unit is None or not float(found[1]):
+        raise ValueError('expected the memory of a card, for example "24GB"')
+    return round(float(found[1]) * 2**unit)
+
+
+def device_memory(value: Any) -> Any:
+    """None, ``none`` or an amount as text."""
+    if value not in (None, "none"):
+        memory_bytes(str(value))
+    return None if value is None else str(value)
 
 
 def same_as_rank(value: Any, info: ValidationInfo) -> Any:

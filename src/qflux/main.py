@@ -79,7 +79,7 @@ def check(config: Config, trainer_class: type[BaseTrainer], args: argparse.Names
 
     out = args.out or Path(config.logging.output_dir) / config.logging.tracker_project_name
     report = check_data(config.data, trainer_class.family, out_dir=out, progress=not args.json)
-    others = [*early_problems(config), *scan_held_out(config, trainer_class.family)[1]]
+    others = [*early_problems(config, trainer_class.family), *scan_held_out(config, trainer_class.family)[1]]
     notes = (*report.notes, *([NO_MASKS] if config.train.loss.mask_loss and not report.masks else []))
     report = replace(report, problems=tuple(dict.fromkeys([*others, *report.problems])), notes=notes)
     say(report.to_json() if args.json else report.text())
@@ -122,12 +122,13 @@ def run(args: argparse.Namespace, stop: StopSignal) -> int:
         return check(config, trainer_class, args)
     if args.export or args.push:
         return share(config, trainer_class, args)
-    problems = early_problems(config)
+    problems = early_problems(config, trainer_class.family)
     if not args.sample:
         problems += scan_all(config, trainer_class.family)[1]
     if problems:
         raise UserError(*problems)
     from qflux.models.loading import model_class, resolve_model, torch_dtype
+    from qflux.models.memory_rules import stored_problems
 
     components = [name for stage in trainer_class.family.stages for name in stage.components]
     folder = resolve_model(
@@ -136,6 +137,9 @@ def run(args: argparse.Namespace, stop: StopSignal) -> int:
         [*components, "scheduler", trainer_class.family.denoiser],
     )
     refuse_other_kind(config, trainer_class, model_class(folder))
+    problems = stored_problems(config, trainer_class.family, folder)
+    if problems:
+        raise UserError(*problems)
     import torch
 
     dtype = torch_dtype(config.train.mixed_precision if config.model.lora is not None else "no")

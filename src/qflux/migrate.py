@@ -118,9 +118,6 @@ def _without_references(value: Any, root: dict[str, Any], depth: int = 0) -> Any
 
 def _drop_refused(result: Migration) -> None:
     """Remove values this version refuses, with its reason; what is missing stays missing."""
-    if result.get("model.quantize") not in (None, False):
-        result.put(("model", "quantize"), False)
-        result.dropped.append(("model.quantize", "quantized loading is not available in this version"))
     for _ in range(3):
         try:
             Config.model_validate(result.tree)

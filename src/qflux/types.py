@@ -199,6 +199,10 @@ class Family:
     classifier_free whether a guidance above 1 runs the network a second time with the empty prompt
     empty_prompt    that prompt, also the one of a dropped caption
     adapter_targets named target lists for ``model.lora.target_modules``
+    block_lists     the denoiser's lists of blocks, in the order in which they are called
+    feed_forward    names of the feed-forward modules in a block: what ``gradient_checkpointing: ffn`` recomputes
+    keep            layers in the blocks that stay in the base's dtype when it is quantized: a name, a part of one
+                    between dots, or an expression that matches the full name
     recipe          raised when ``encode`` gives other tensors than before: cached entries are then made again
     drawing         components, besides the denoiser and text encoders, that the pipeline needs to draw
     """
@@ -227,6 +231,8 @@ class Family:
     empty_prompt: str = ""
     adapter_targets: Mapping[str, Sequence[str]] = field(default_factory=dict)
     block_lists: tuple[str, ...] = ()
+    feed_forward: tuple[str, ...] = ()
+    keep: tuple[str, ...] = ()
     recipe: int = 1
     drawing: tuple[str, ...] = ("vae", "scheduler")
 

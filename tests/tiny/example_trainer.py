@@ -39,7 +39,7 @@ class AuraFlowTrainer(BaseTrainer):
         with quiet_imports():
             import diffusers
             import transformers
-        from qflux.models.loading import load_module, load_plain
+        from qflux.models.loading import load_plain
 
         modules = {
             "vae": diffusers.AutoencoderKL,
@@ -48,7 +48,7 @@ class AuraFlowTrainer(BaseTrainer):
         }
         plain = {"tokenizer": transformers.AutoTokenizer, "scheduler": diffusers.FlowMatchEulerDiscreteScheduler}
         if component in modules:
-            return load_module(modules[component], self.folder, component, self.dtype)
+            return self.load_network(modules[component], component)
         return load_plain(plain[component], self.folder, component)
 
     def encode(self, parts: Mapping[str, Any], sample: EditSample) -> EncodedSample:

@@ -133,7 +133,7 @@ def test_numbers_and_words_are_read_as_yaml_1_2_does():
 
 def test_all_problems_come_at_once_with_line_key_value_and_advice(problems, tmp_path):
     text = (
-        "model:\n  pretrained_model_name_or_path: owner/name\n  quantize: true\n"
+        "model:\n  pretrained_model_name_or_path: owner/name\n  quantize: nf4\n"
         "data:\n  dataset_path: x\n  batch_sise: 3\n"
         "train:\n  trainer: Any\n  seed: yes\n  optimizer: {lr: fast, name: adam8bit}\n"
         "logging:\n  validation:\n    samples:\n      - {prompt: a, controls: [one.png, two.png]}\n"
@@ -141,7 +141,7 @@ def test_all_problems_come_at_once_with_line_key_value_and_advice(problems, tmp_
     name = tmp_path / "run.yaml"
     found = problems(text, "data.target_size=[64", "train.sed=1", "model.lora.r=0", "oops")
     starts = [
-        f"{name}:3: model.quantize: found true, quantized loading is not available in this version",
+        f'{name}:3: model.quantize: found "nf4", expected false, true (quanto-fp8) or one of bnb-nf4, bnb-fp4,',
         f"{name}:6: data.batch_sise: unknown key; did you mean data.batch_size? (data allows: dataset_path,",
         f'{name}:9: train.seed: found "yes", expected a whole number',
         f'{name}:10: train.optimizer.lr: found "fast", expected a number above 0; the default is 0.0001',
@@ -179,7 +179,7 @@ def test_all_problems_come_at_once_with_line_key_value_and_advice(problems, tmp_
         ("logging.output_dir", "", "expected a path"),
         ("cache.cache_dir", "", "expected a path"),
         ("train.sigma.shift", 0, '"none", "auto" or a number above 0'),
-        ("train.gradient_checkpointing", "yes", "true or false or none or full"),
+        ("train.gradient_checkpointing", "yes", "true or false or none, ffn, alternate, full or selective"),
         ("data.target_size", [64, 64, 64], "[height, width]"),
         ("data.target_size", "64", "[height, width]"),
         ("data.controls_size", [], "[height, width]"),

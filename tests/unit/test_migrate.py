@@ -125,6 +125,7 @@ def test_the_current_old_layout_is_rewritten(old, capsys):
     )
     assert (schedule.name, schedule.warmup_steps, schedule.num_cycles) == ("cosine", 50, 0.5)
     assert (config.train.trainer, config.train.gradient_checkpointing) == ("QwenImageEdit", "full")
+    assert config.model.quantize == "quanto-fp8"
     assert config.cache.cache_dir == config.logging.output_dir
     validation = config.logging.validation
     (sample,) = validation.samples
@@ -132,7 +133,7 @@ def test_the_current_old_layout_is_rewritten(old, capsys):
     assert sample.controls == (file.parent / "face.png",)
 
     printed, text = capsys.readouterr().out, new.read_text()
-    for dropped in ("model.quantize", "data.shuffle", "train.num_epochs", "predict", "optimizer.init_args.amsgrad"):
+    for dropped in ("data.shuffle", "train.num_epochs", "predict", "optimizer.init_args.amsgrad"):
         assert f"# dropped {dropped}: " in text
         assert f"dropped  {dropped}: " in printed
     assert "moved    trainer -> train.trainer" in printed

@@ -21,6 +21,7 @@ from qflux.errors import UserError
 from qflux.io.atomic import write_json
 from qflux.io.quiet import quiet_imports
 from qflux.io.tensors import load_tensors, read_metadata, save_tensors
+from qflux.models.targets import KEY, select_targets
 from qflux.randomness import Purpose, generator
 from qflux.types import Family
 
@@ -28,68 +29,15 @@ ADAPTER = "default"
 WEIGHTS_FILE = "pytorch_lora_weights.safetensors"
 FULL_WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 METADATA_KEY = "lora_adapter_metadata"
-KEY = "model.lora.target_modules"
 _SHOWN = 5
 _PREFIXES = ("base_model.model.", "transformer.", "unet.", "diffusion_model.")
 
 
 def resolve_targets(model: nn.Module, targets: str | Sequence[str], family: Family) -> list[str]:
-    """Full names of the linear modules that ``targets`` selects, sorted.
-
-    ``targets`` is one entry or a list of: a name in ``family.adapter_targets``; ``all-linear`` (every linear layer
-    inside the family's block lists); a module name or its ending (``to_q``, ``attn.to_out.0``); a regular expression
-    (anything with more than letters, digits, ``_`` and ``.``) that matches the full name.
-    Raises UserError listing every entry that selects nothing or something that is not linear.
-    """
-    modules = {name: module for name, module in model.named_modules() if name}
-    chosen: set[str] = set()
-    problems: list[str] = []
-    for entry in _entries(targets, family):
-        found = _matches(entry, modules, family)
-        foreign = [name for name in found if not isinstance(modules[name], nn.Linear)]
-        if not found:
-            problems.append(f"{KEY}: {entry!r} matches no module of the {family.denoiser}; {_hint(entry, family)}")
-        elif foreign:
-            listed = ", ".join(f"{name} ({type(modules[name]).__name__})" for name in foreign[:_SHOWN])
-            more = f" and {len(foreign) - _SHOWN} more" if len(foreign) > _SHOWN else ""
-            problems.append(f"{KEY}: {entry!r} matches modules that are not linear layers: {listed}{more}")
-        chosen.update(found)
-    if problems:
-        raise UserError(*problems)
-    return sorted(chosen)
-
-
-def _entries(targets: str | Sequence[str], family: Family) -> list[str]:
-    listed = [targets] if isinstance(targets, str) else list(targets)
-    entries: list[str] = []
-    for entry in listed:
-        entries.extend(family.adapter_targets.get(entry, (entry,)))
-    if not entries:
-        raise UserError(
-            f"{KEY}: the list is empty; name at least one layer, or set model.lora: null to train all weights"
-        )
-    return entries
-
-
-def _matches(entry: str, modules: Mapping[str, nn.Module], family: Family) -> list[str]:
-    if entry == "all-linear":
-        inside = tuple(f"{name}." for name in family.block_lists)
-        return [name for name, module in modules.items() if name.startswith(inside) and isinstance(module, nn.Linear)]
-    if re.fullmatch(r"[\w.]+", entry):
-        return [name for name in modules if name == entry or name.endswith(f".{entry}")]
-    try:
-        pattern = re.compile(entry)
-    except re.error as error:
-        raise UserError(f"{KEY}: {entry!r} is not a regular expression ({error})") from None
-    return [name for name in modules if pattern.fullmatch(name)]
-
-
-def _hint(entry: str, family: Family) -> str:
-    lists = ", ".join(sorted({"all-linear", *family.adapter_targets}))
-    matching = (
-        "an ending of a module's name" if re.fullmatch(r"[\w.]+", entry) else "an expression that matches the full name"
-    )
-    return f"expected {matching} or one of {lists}"
+    """Full names of the linear modules that ``targets`` selects, sorted; see ``select_targets``."""
+    named = ((name, module) for name, module in model.named_modules() if name)
+    kinds = {name: None if isinstance(module, nn.Linear) else type(module).__name__ for name, module in named}
+    return select_targets(kinds, targets, family)
 
 
 def add_adapter(model: Any, lora_config: Any, family: Family, seed: int) -> list[str]:

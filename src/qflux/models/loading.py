@@ -127,7 +127,7 @@ def component_identity(folder: Path, component: str, memo: DigestMemo | None = N
     Names are relative to the component's folder, so that a copied or renamed model keeps its identity.
     """
     root = folder / component
-    _refuse_pickles(root)
+    refuse_pickles(root)
     files = sorted(path for path in root.rglob("*") if path.is_file() and path.suffix in _IDENTITY_SUFFIXES)
     if not files:
         raise UserError(f"{KEY}: {root} holds no weights, config or tokenizer file")
@@ -139,7 +139,8 @@ def model_identity(folder: Path, components: Sequence[str], memo: DigestMemo | N
     return blake3_json({name: component_identity(folder, name, memo) for name in sorted(components)})
 
 
-def _refuse_pickles(root: Path) -> None:
+def refuse_pickles(root: Path) -> None:
+    """UserError where a component's weights are there only in a format that can run code when opened."""
     if not root.is_dir():
         raise UserError(f"{KEY}: no component folder {root}")
     if any(root.rglob("*.safetensors")):
@@ -158,8 +159,8 @@ def load_module(cls: type, folder: Path, component: str, dtype: torch.dtype, **o
     ``cls`` is a class of diffusers or transformers; ``options`` go to ``from_pretrained`` as they are.
     Raises UserError where the folder is not one of ``cls`` or its files lack weights, which would else be random.
     """
-    _refuse_pickles(folder / component)
-    with quiet_libraries(), _readable(folder / component, cls):
+    refuse_pickles(folder / component)
+    with quiet_libraries(), readable(folder / component, cls):
         module, found = cls.from_pretrained(  # type: ignore[attr-defined]
             folder,
             subfolder=component,
@@ -177,7 +178,7 @@ def load_module(cls: type, folder: Path, component: str, dtype: torch.dtype, **o
 
 
 @contextlib.contextmanager
-def _readable(root: Path, cls: type) -> Iterator[None]:
+def readable(root: Path, cls: type) -> Iterator[None]:
     """Whatever a library raises on a broken or foreign folder becomes one line about it."""
     try:
         yield
@@ -223,7 +224,7 @@ def free(*modules: Any) -> None:
 
 def load_plain(cls: type, folder: Path, component: str) -> Any:
     """Load a component that is no network: a tokenizer, an image processor or a scheduler."""
-    with quiet_libraries(), _readable(folder / component, cls):
+    with quiet_libraries(), readable(folder / component, cls):
         part = cls.from_pretrained(folder, subfolder=component, local_files_only=True)  # type: ignore[attr-defined]
     if hasattr(part, "get_vocab") and len(part.get_vocab()) <= len(part.added_tokens_decoder):
         raise UserError(f"{KEY}: {folder / component} has no vocabulary; fetch the tokenizer's files again")

@@ -2,6 +2,7 @@
 
 A family's ``structures.json`` maps hub ids to ``{"transformer": the network's config, "latents": {"channels": C,
 "scale": pixels a latent position covers}, "text": {tensor: shape, with "L" for the number of tokens}}``.
+Reading them needs no torch.
 """
 
 from __future__ import annotations
@@ -13,13 +14,13 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Any
-
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from qflux.errors import UserError
-from qflux.models.loading import meta_network
 from qflux.types import Size
+
+if TYPE_CHECKING:
+    from torch import nn
 
 FILE = "structures.json"
 
@@ -42,6 +43,8 @@ def meta_transformer(config: Mapping[str, Any]) -> nn.Module:
 
     UserError when ``_class_name`` is not a class of diffusers.
     """
+    from qflux.models.loading import meta_network
+
     network = meta_network(config)
     if network is None:
         raise UserError(f"diffusers {version('diffusers')} has no network class {config.get('_class_name')!r}")

@@ -56,7 +56,7 @@ class BaseTrainer(ABC):
 
     @abstractmethod
     def load(self, component: str) -> Any:
-        """One component of the model's folder, frozen and in eval mode; modules in ``self.dtype``, on the CPU."""
+        """One component of the model's folder, frozen and in eval mode; networks by ``load_network``."""
 
     @abstractmethod
     def encode(self, parts: Mapping[str, Any], sample: EditSample) -> EncodedSample:
@@ -79,6 +79,29 @@ class BaseTrainer(ABC):
 
         Keys that begin with ``pipeline.`` are set as attributes on the pipeline before the call.
         """
+
+    def load_network(self, cls: type, component: str, **options: Any) -> Any:
+        """A network of the model's folder as ``cls``, in ``self.dtype``, quantized as the config asks; frozen.
+
+        Where blocks are offloaded the denoiser stays in host memory, everything else goes to ``self.device`` tensor by
+        tensor. ``options`` go to a transformers class's ``from_pretrained``.
+        """
+        from qflux.models.memory_rules import method_of
+        from qflux.models.streaming import load_streaming
+
+        denoiser = component == self.family.denoiser
+        waiting = denoiser and self.config.train.offload_blocks > 0
+        return load_streaming(
+            cls,
+            self.folder,
+            component,
+            self.dtype,
+            "cpu" if waiting else self.device,
+            method_of(self.config.model, self.family, component),
+            self.family.keep if denoiser else (),
+            self.family.block_lists if denoiser else (),
+            **options,
+        )
 
     @property
     def text_length(self) -> int:

@@ -8,6 +8,7 @@ from qflux.config import Config
 from qflux.data.dataset import EditDataset, sample_from_config, scan
 from qflux.errors import UserError
 from qflux.io.digests import DigestMemo
+from qflux.models.memory_rules import refusals
 from qflux.models.optimizers import optimizer_problems
 from qflux.models.schedules import schedule_problems
 from qflux.runtime.tracking import check_trackers
@@ -16,11 +17,12 @@ from qflux.types import EditSample, Family, SampleSpec
 NO_MASKS = "train.loss.mask_loss is on, but no sample has a mask: every position weighs the same"
 
 
-def early_problems(config: Config) -> list[str]:
-    """One line for each setting that the chosen optimizer, schedule or tracker cannot serve."""
+def early_problems(config: Config, family: Family) -> list[str]:
+    """One line for each setting that the chosen optimizer, schedule, tracker or number format cannot serve."""
     train = config.train
     problems = optimizer_problems(train.optimizer)
     problems += schedule_problems(train.lr_scheduler, train.optimizer.lr, train.max_train_steps)
+    problems += refusals(config, family)
     try:
         check_trackers(config.logging.report_to)
     except UserError as error:

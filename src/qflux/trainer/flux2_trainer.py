@@ -55,6 +55,7 @@ class Flux2Trainer(BaseTrainer):
         sigma_mu=empirical_mu,
         adapter_targets={"attention": _ATTENTION, "attention+mlp": _ATTENTION + _MORE},
         block_lists=("transformer_blocks", "single_transformer_blocks"),
+        feed_forward=("ff", "ff_context"),
     )
     text_layers = 31  # hidden states 10, 20 and 30 are read; the last layer's would come out normalised
 
@@ -63,13 +64,13 @@ class Flux2Trainer(BaseTrainer):
         with quiet_imports():
             import diffusers
             import transformers
-        from qflux.models.loading import load_module, load_plain
+        from qflux.models.loading import load_plain
 
         if component == "text_encoder":
             return self._text_encoder()
         modules = {"vae": diffusers.AutoencoderKLFlux2, "transformer": diffusers.Flux2Transformer2DModel}
         if component in modules:
-            return load_module(modules[component], self.folder, component, self.dtype)
+            return self.load_network(modules[component], component)
         plain = {"tokenizer": transformers.AutoTokenizer, "scheduler": diffusers.FlowMatchEulerDiscreteScheduler}
         return load_plain(plain[component], self.folder, component)
 
@@ -79,14 +80,14 @@ class Flux2Trainer(BaseTrainer):
         return self._truncated(Mistral3ForConditionalGeneration)
 
     def _truncated(self, cls: Any) -> Any:
-        from qflux.models.loading import load_module, load_plain
+        from qflux.models.loading import load_plain
 
         config = load_plain(cls.config_class, self.folder, "text_encoder")
         layers = config.get_text_config()
         layers.num_hidden_layers = min(layers.num_hidden_layers, self.text_layers)
         if getattr(layers, "layer_types", None):
             layers.layer_types = layers.layer_types[: layers.num_hidden_layers]
-        return load_module(cls, self.folder, "text_encoder", self.dtype, config=config)
+        return self.load_network(cls, "text_encoder", config=config)
 
     def encode(self, parts: Mapping[str, Any], sample: EditSample) -> EncodedSample:
         """See BaseTrainer; text is ``prompt_embeds [L, 3D]``, latents are ``[4C, H/16, W/16]`` (2×2 patches)."""

@@ -59,6 +59,7 @@ class FluxKontextTrainer(BaseTrainer):
             "attention+mlp": _ATTENTION + _TEXT_ATTENTION + _MLP,
         },
         block_lists=("transformer_blocks", "single_transformer_blocks"),
+        feed_forward=("ff", "ff_context"),
     )
 
     def load(self, component: str) -> Any:
@@ -66,7 +67,7 @@ class FluxKontextTrainer(BaseTrainer):
         with quiet_imports():
             import diffusers
             import transformers
-        from qflux.models.loading import load_module, load_plain
+        from qflux.models.loading import load_plain
 
         modules = {
             "vae": diffusers.AutoencoderKL,
@@ -80,7 +81,7 @@ class FluxKontextTrainer(BaseTrainer):
             "scheduler": diffusers.FlowMatchEulerDiscreteScheduler,
         }
         if component in modules:
-            return load_module(modules[component], self.folder, component, self.dtype)
+            return self.load_network(modules[component], component)
         return load_plain(plain[component], self.folder, component)
 
     def encode(self, parts: Mapping[str, Any], sample: EditSample) -> EncodedSample:

@@ -122,7 +122,7 @@ class Validation:
 def draw_samples(trainer: BaseTrainer, stop: StopSignal, checkpoint: str | None, out: Path | None) -> Path:
     """``--sample``: draw the config's samples with a checkpoint's adapter, or with the bare model."""
     from qflux.parallel.placement import Placement
-    from qflux.trainer.setup import check_steps
+    from qflux.trainer.setup import check_steps, offload_weights
 
     trainer.device = Placement(trainer.config.train.mixed_precision).device
     settings = trainer.config.logging
@@ -133,7 +133,9 @@ def draw_samples(trainer: BaseTrainer, stop: StopSignal, checkpoint: str | None,
     cache = cache_manager(trainer, memo_of(trainer.config)) if trainer.config.cache.use_cache else None
     stop.eager = False
     samples = validation_samples(trainer, cache, stop)
-    model = load_trained(trainer, folder).to(trainer.device)
+    model = load_trained(trainer, folder)
+    offload_weights(trainer, model)
+    model.to(trainer.device)
     out = out or Path(settings.output_dir) / settings.tracker_project_name / "samples"
     say(f"drawing {len(samples)} samples with {folder if folder else 'the bare model'} into {out}")
     with adapters.rounded_copy(model, trainer.dtype):

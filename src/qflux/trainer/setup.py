@@ -18,8 +18,11 @@ from qflux.errors import UserError
 from qflux.io.digests import DigestMemo, blake3_file
 from qflux.io.progress import say
 from qflux.models import adapters
+from qflux.models.activations import set_checkpointing
 from qflux.models.ema import Ema
 from qflux.models.loading import meta_module, model_identity, read_config
+from qflux.models.memory_rules import method_of, text_components
+from qflux.models.offload import offload_blocks
 from qflux.models.optimizers import make_optimizer
 from qflux.models.schedules import make_schedule
 from qflux.parallel.placement import Placement
@@ -85,11 +88,13 @@ def run_identity(trainer: BaseTrainer, dataset: EditDataset, memo: DigestMemo, b
     train = config.train.model_dump(
         mode="json",
         exclude={"max_train_steps", "checkpointing_steps", "checkpoints_total_limit", "gradient_accumulation_steps",
-                 "max_skipped_steps", "gradient_checkpointing", "attention_backend"},
+                 "max_skipped_steps", "gradient_checkpointing", "attention_backend", "offload_activations",
+                 "offload_blocks", "memory_limit"},
     )  # fmt: skip
     names = ("caption_dropout_rate", "shape_window", "vae_posterior", "background_color")
     data = {name: getattr(config.data, name) for name in names}
     lora = None if config.model.lora is None else config.model.lora.model_dump(mode="json")
+    texts = {name: method_of(config.model, trainer.family, name) for name in text_components(trainer.family)}
     if lora is not None and config.model.lora is not None and config.model.lora.pretrained_weight is not None:
         lora["pretrained_weight"] = blake3_file(config.model.lora.pretrained_weight, memo)
     return {
@@ -100,6 +105,7 @@ def run_identity(trainer: BaseTrainer, dataset: EditDataset, memo: DigestMemo, b
         "recipe": [RECIPE, trainer.family.recipe],
         "samples_per_step": batch,
         "text_length": trainer.text_length,
+        **({"quantize_text_encoders": texts} if any(texts.values()) else {}),
         **{f"data.{name}": value for name, value in data.items()},
         **{f"train.{name}": value for name, value in train.items()},
     }
@@ -171,8 +177,15 @@ def make_weights(trainer: BaseTrainer, place: Placement, batch: int) -> tuple[to
             matched, total = adapters.load_adapter(Path(config.model.lora.pretrained_weight), model)
             say(f"starting from an adapter: {matched} of {total} tensors matched")
         say(f"LoRA on {len(names)} linear layers")
-    if config.train.gradient_checkpointing == "full":
-        model.enable_gradient_checkpointing()
+    family, train = trainer.family, config.train
+    set_checkpointing(
+        model,
+        train.gradient_checkpointing,
+        family.block_lists,
+        feed_forward=family.feed_forward,
+        offload=train.offload_activations,
+    )
+    offload_weights(trainer, model)
     called = place.prepare(model)
     unwrapped = place.unwrap(called)
     params = adapters.trainable(unwrapped)
@@ -181,6 +194,14 @@ def make_weights(trainer: BaseTrainer, place: Placement, batch: int) -> tuple[to
     ema = None if config.train.ema is None else Ema(params, config.train.ema.decay)
     state = TrainState(batch=batch, seed=config.train.seed)
     return called, Weights(unwrapped, params, optimizer, schedule, ema, state)
+
+
+def offload_weights(trainer: BaseTrainer, model: torch.nn.Module) -> None:
+    """Let blocks wait in host memory as the config asks; after adapters and checkpointing, before the model moves."""
+    count = trainer.config.train.offload_blocks
+    if count:
+        offload = offload_blocks(model, trainer.family.block_lists, count, trainer.device)
+        say(f"{count} blocks wait in host memory ({offload.host_bytes / 2**30:.3g} GiB), {offload.resident} stay")
 
 
 @dataclass

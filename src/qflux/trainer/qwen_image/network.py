@@ -60,6 +60,7 @@ TEXT_TO_IMAGE = Family(
     empty_prompt=" ",
     adapter_targets={"attention": _ATTENTION, "attention+mlp": _ATTENTION + _TEXT_ATTENTION + _MLP},
     block_lists=("transformer_blocks",),
+    feed_forward=("img_mlp", "txt_mlp"),
 )
 EDITS = replace(
     TEXT_TO_IMAGE,
@@ -82,7 +83,7 @@ class QwenImageNetwork(_Trainer):
         with quiet_imports():
             import diffusers
             import transformers
-        from qflux.models.loading import load_module, load_plain
+        from qflux.models.loading import load_plain
         from qflux.models.vision_language import ImageTextProcessor
 
         modules = {
@@ -95,7 +96,7 @@ class QwenImageNetwork(_Trainer):
             "scheduler": diffusers.FlowMatchEulerDiscreteScheduler,
         }
         if component in modules:
-            return load_module(modules[component], self.folder, component, self.dtype)
+            return self.load_network(modules[component], component)
         if component == "processor":
             tokenizer = load_plain(transformers.Qwen2Tokenizer, self.folder, component)
             pictures = load_plain(transformers.Qwen2VLImageProcessorPil, self.folder, component)

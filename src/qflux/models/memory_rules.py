@@ -1,0 +1,160 @@
+"""What of memory follows from names and shapes alone, for the loaders and for the planner; needs no torch.
+
+Number formats and their bytes, which layers keep the base's dtype, what cannot work, which blocks are offloaded.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from qflux.config import Config, ModelConfig
+from qflux.config_values import METHODS
+from qflux.types import Family
+
+ADVICE = {"quanto-int2": "2 bits a weight leave little of what the network learned; for trials only"}
+BLOCK, NESTED_BLOCK = 64, 256  # 4-bit weights of bitsandbytes that share a scale, scales that share a scale
+_TABLES = 4 * (16 + 256 + 1)  # the values of 4-bit and of 8-bit numbers, and the mean of the scales
+_GROUPS = (128, 96, 64, 32)  # weights that share scale and shift in quanto's 4 and 2 bits: the first that divides a row
+_PACKAGES = {"bnb": "bitsandbytes", "quanto": "optimum.quanto"}
+
+
+def method_of(model: ModelConfig, family: Family, component: str) -> str | None:
+    """The format that the config asks for a component's blocks: the denoiser's, a text encoder's, or None."""
+    if component == family.denoiser:
+        return model.quantize or None
+    if component not in text_components(family):
+        return None
+    wanted = model.quantize_text_encoders
+    return (wanted.get(component) if isinstance(wanted, Mapping) else wanted) or None
+
+
+def text_components(family: Family) -> tuple[str, ...]:
+    """Components of the text stages: encoders and their tokenizers."""
+    return tuple(name for stage in family.stages if stage.kind == "text" for name in stage.components)
+
+
+def refusals(config: Config, family: Family) -> list[str]:
+    """What of quantizing, offloading and recomputing cannot work, one line each, before anything is loaded."""
+    model, train = config.model, config.train
+    wanted: dict[str, str | None] = {"model.quantize": model.quantize or None}
+    encoders = model.quantize_text_encoders
+    problems = []
+    if not isinstance(encoders, Mapping):
+        wanted["model.quantize_text_encoders"] = encoders or None
+    else:
+        known = [name for name in text_components(family) if "encoder" in name]
+        for name, method in encoders.items():
+            if name not in known:
+                problems.append(
+                    f"model.quantize_text_encoders.{name}: no such text encoder; expected {', '.join(known)}"
+                )
+            wanted[f"model.quantize_text_encoders.{name}"] = method or None
+    for key, asked in wanted.items():
+        package = _PACKAGES[asked.partition("-")[0]] if asked else ""
+        if package and not _installed(package):
+            name = package.replace(".", "-")
+            problems.append(f"{key}: found {asked}, but the package {name} is not installed; pip install {name}")
+    if model.lora is None and model.quantize:
+        problems.append(f"model.quantize: found {model.quantize}, but model.lora: null trains all weights; set false")
+    if model.lora is None and train.offload_blocks:
+        problems.append("train.offload_blocks: model.lora: null trains all weights, only a frozen base can wait; set 0")
+    if train.offload_activations and train.gradient_checkpointing == "none":
+        problems.append(
+            "train.offload_activations: found true, but train.gradient_checkpointing: none recomputes nothing, and "
+            "everything else stays on the device; set full"
+        )
+    return problems
+
+
+def _installed(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def stored_format(config: Mapping[str, Any]) -> str | None:
+    """How a component's config says its weights lie on the disk: a method, another library's name, or None."""
+    told = config.get("quantization_config")
+    if not told:
+        return None
+    if told.get("load_in_8bit"):
+        return "bnb-int8"
+    if told.get("load_in_4bit"):
+        return f"bnb-{told.get('bnb_4bit_quant_type', 'fp4')}"
+    return str(told.get("quant_method", "an unknown library")).lower()
+
+
+def stored_problems(config: Config, family: Family, folder: Path) -> list[str]:
+    """Where a local model's folder is quantized already and the config wants something else of it."""
+    problems = []
+    for name in (family.denoiser, *text_components(family)):
+        root = folder / name
+        found = stored_format(_read(root / "config.json"))
+        key = "model.quantize" if name == family.denoiser else "model.quantize_text_encoders"
+        if found is None:
+            continue
+        if found not in METHODS:
+            problems.append(f"{key}: {root} holds weights quantized by {found}; expected plain ones or bitsandbytes'")
+        elif method_of(config.model, family, name):
+            problems.append(f"{key}: {root} is quantized already ({found}); set it to false, or give plain weights")
+        elif name == family.denoiser and config.model.lora is None:
+            problems.append(f"model.lora: null trains all weights, but those of {root} are quantized ({found})")
+    return problems
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def matches(name: str, patterns: Sequence[str]) -> bool:
+    """Does a pattern name this layer or a part of its dotted name, or match all of it as a regular expression?"""
+    return any(f".{pattern}." in f".{name}." or re.fullmatch(pattern, name) for pattern in patterns)
+
+
+def unfit(method: str, out_features: int, in_features: int) -> str | None:
+    """Why a linear layer of this shape does not suit the method, or None.
+
+    Two 4-bit weights of a row share a byte, so bitsandbytes' 4-bit layers need an even number of inputs. quanto's int4
+    and int2 need groups that divide a row: a multiple of 32 inputs, or at most 128 of them. quanto's formats need two
+    outputs at least.
+    """
+    if method in ("bnb-nf4", "bnb-fp4") and in_features % 2:
+        return f"has {in_features} inputs, an odd number"
+    if method.startswith("quanto-") and out_features == 1:
+        return "has one output"
+    if method in ("quanto-int4", "quanto-int2") and in_features > _GROUPS[0] and in_features % _GROUPS[-1]:
+        return f"has {in_features} inputs, no multiple of {_GROUPS[-1]}"
+    return None
+
+
+def packed_bytes(method: str, out_features: int, in_features: int, dtype_bytes: int = 2) -> int:
+    """Bytes of a quantized weight with its scales; ``dtype_bytes`` is the size of one number of the base's dtype.
+
+    bitsandbytes: 4-bit codes, 8 bits of scale a block of 64 and an fp32 for 256 of those; 8-bit codes and an fp32 a
+    row. quanto: 8-bit codes and a scale a row; 4- and 2-bit codes with scale and shift a group of 32 to 128, both in
+    the base's dtype.
+    """
+    count = out_features * in_features
+    if method == "bnb-int8":
+        return count + 4 * out_features
+    if method.startswith("bnb-"):
+        blocks = -(-count // BLOCK)
+        return -(-count // 2) + blocks + 4 * -(-blocks // NESTED_BLOCK) + _TABLES
+    bits = {"quanto-int4": 4, "quanto-int2": 2}.get(method)
+    if bits is None:
+        return count + dtype_bytes * out_features
+    fitting = (size for size in _GROUPS if in_features > _GROUPS[0] and in_features % size == 0)
+    group = next(fitting, in_features)
+    rows = count // group
+    return -(-rows * bits // 8) * group + 2 * rows * dtype_bytes
+
+
+def spread(total: int, count: int) -> list[int]:
+    """``count`` of the indices 0 … total - 1, ascending and evenly apart, each in the middle of its share."""
+    return [(2 * index + 1) * total // (2 * count) for index in range(count)]

@@ -1,0 +1,248 @@
+"""Bytes of weights, adapter and optimizer from names and shapes alone: of known models, or of a folder's headers.
+
+A family's ``layout.json`` holds the parameters of each real component as ``{"rest": {name: shape}, "blocks": {list:
+[count, {name: shape}]}}``; of a local folder the headers of its safetensors files say the same. No weight is read.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from importlib.resources.abc import Traversable
+from pathlib import Path
+
+from qflux.errors import UserError
+from qflux.models.memory_rules import matches, packed_bytes, stored_format, unfit
+from qflux.models.targets import select_targets
+from qflux.types import Family
+
+FILE = "layout.json"
+KEY = "model.pretrained_model_name_or_path"
+Shape = tuple[int, ...]
+
+_HEADER_LIMIT = 100_000_000
+_SCALES = re.compile(r"\.(absmax|quant_map|nested_absmax|nested_quant_map|SCB|weight_format|quant_state\..*)$")
+_LISTED = re.compile(r"(\D+?)\.(\d+)\.(.+)")
+
+# Bytes of optimizer state a trained number, as the packages keep it (prodigy's start only where it is not all zero).
+_STATE = {"adamw": 8.0, "adamw8bit": 2 + 8 / 256, "prodigy": 16.0, "adafactor": 0.0, "adamw_schedule_free": 8.0}
+SMALL = 4096  # tensors below this many numbers keep a 32-bit state in the 8-bit optimizer
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Parameters of one component: ``rest`` by full name, ``blocks`` by list as (count, what each block has).
+
+    method  how linear layers of it are quantized on the disk already, or None
+    packed  full name → bytes of those weights with their scales
+    """
+
+    class_name: str
+    source: str
+    rest: Mapping[str, Shape]
+    blocks: Mapping[str, tuple[int, Mapping[str, Shape]]]
+    method: str | None = None
+    packed: Mapping[str, int] = field(default_factory=dict)
+
+    def tensors(self) -> Iterator[tuple[str, Shape]]:
+        """Every parameter with its full name."""
+        yield from self.rest.items()
+        for prefix, (count, common) in self.blocks.items():
+            for index in range(count):
+                yield from ((f"{prefix}.{index}.{name}", shape) for name, shape in common.items())
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers there are."""
+        once = sum(math.prod(shape) for shape in self.rest.values())
+        return once + sum(count * sum(map(math.prod, common.values())) for count, common in self.blocks.values())
+
+    def shortened(self, layers: int) -> Layout:
+        """With the longest list of the largest component cut to ``layers``: what a truncated encoder loads."""
+        sizes = {name: count * sum(map(math.prod, part.values())) for name, (count, part) in self.blocks.items()}
+        if not sizes:
+            return self
+        longest = max(sizes, key=lambda name: sizes[name])
+        count, common = self.blocks[longest]
+        return replace(self, blocks={**self.blocks, longest: (min(count, layers), common)})
+
+
+def known_layouts(folder: Traversable, model: str) -> dict[str, Layout] | None:
+    """Component → layout of a hub id that the family's ``layout.json`` in ``folder`` describes, else None."""
+    path = folder / FILE
+    data = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"models": {}}
+    parts = data["models"].get(model)
+    if parts is None:
+        return None
+    found = {}
+    for component, name in parts.items():
+        entry = data["components"][name]
+        blocks = {prefix: (count, _shapes(common)) for prefix, (count, common) in entry["blocks"].items()}
+        found[component] = Layout(entry["class"], entry["source"], _shapes(entry["rest"]), blocks)
+    return found
+
+
+def _shapes(plain: Mapping[str, Sequence[int]]) -> dict[str, Shape]:
+    return {name: tuple(shape) for name, shape in plain.items()}
+
+
+def folder_layout(folder: Path, component: str) -> Layout | None:
+    """The layout of one component of a local model, from the headers of its weights; None where it has none."""
+    root = folder / component
+    files = sorted(root.glob("*.safetensors"))
+    config_file = root / "config.json"
+    if not files:
+        return None
+    config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
+    shapes: dict[str, Shape] = {}
+    packed: dict[str, int] = {}
+    for path in files:
+        found, sizes = header_shapes(path)
+        shapes |= found
+        packed |= sizes
+    rest, blocks = grouped(shapes)
+    class_name = str(config.get("_class_name") or next(iter(config.get("architectures") or ["unknown"])))
+    return Layout(class_name, "headers of its weights", rest, blocks, stored_format(config), packed)
+
+
+def grouped(shapes: Mapping[str, Shape]) -> tuple[dict[str, Shape], dict[str, tuple[int, dict[str, Shape]]]]:
+    """``(rest, blocks)`` of a ``Layout``: lists of numbered blocks are what all of them have in common.
+
+    Lists with gaps and lists of blocks of different kinds stay in ``rest`` tensor by tensor.
+    """
+    rest = dict(shapes)
+    lists: dict[str, dict[int, dict[str, Shape]]] = {}
+    for name, shape in shapes.items():
+        found = _LISTED.fullmatch(name)
+        if found:
+            lists.setdefault(found[1], {}).setdefault(int(found[2]), {})[found[3]] = shape
+    blocks: dict[str, tuple[int, dict[str, Shape]]] = {}
+    for prefix, members in lists.items():
+        if len(members) < 2 or sorted(members) != list(range(len(members))):
+            continue
+        common = {key: shape for key, shape in members[0].items() if all(m.get(key) == shape for m in members.values())}
+        if sum(map(len, members.values())) > 2 * len(common) * len(members):
+            continue
+        blocks[prefix] = (len(members), common)
+        for name in [f"{prefix}.{index}.{key}" for index in members for key in common]:
+            del rest[name]
+    return rest, blocks
+
+
+def header_shapes(path: Path) -> tuple[dict[str, Shape], dict[str, int]]:
+    """``(name → shape, name → bytes of quantized weights with their scales)`` of a safetensors file's tensors.
+
+    4-bit weights have the shape that they had before they were packed: beside the header the few bytes that tell it
+    are read. ``UserError`` if the file is broken.
+    """
+    try:
+        with open(path, "rb") as handle:
+            length = int.from_bytes(handle.read(8), "little")
+            if length > _HEADER_LIMIT:
+                raise ValueError(f"a header of {length} bytes")
+            table = json.loads(handle.read(length))
+            table.pop("__metadata__", None)
+            shapes = {name: tuple(entry["shape"]) for name, entry in table.items() if not _SCALES.search(name)}
+            packed: dict[str, int] = {}
+            for name, entry in table.items():
+                found = _SCALES.search(name)
+                start, end = entry["data_offsets"]
+                if not found:
+                    continue
+                owner = name[: found.start()]
+                owner = owner if owner in table else f"{owner}.weight"
+                own = table[owner]["data_offsets"] if owner in table else (0, 0)
+                packed[owner] = packed.get(owner, own[1] - own[0]) + end - start
+                if found[1].startswith("quant_state."):
+                    handle.seek(8 + length + start)
+                    shapes[owner] = tuple(json.loads(handle.read(end - start))["shape"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: not a readable safetensors file: {error}") from error
+    return shapes, packed
+
+
+def linear_bytes(shape: Shape, method: str | None, dtype_bytes: int) -> int:
+    """Bytes of a weight; by a method of a linear one ``(out, in)`` with its scales. What a method cannot take stays."""
+    out, width = shape if method else (0, 0)
+    if method is None or unfit(method, out, width):
+        return math.prod(shape) * dtype_bytes
+    return packed_bytes(method, out, width, dtype_bytes)
+
+
+def unpacked_bytes(shape: Shape, method: str | None, dtype_bytes: int) -> int:
+    """Bytes that a quantized weight takes for a moment when it is multiplied: itself unpacked, and what that needs."""
+    if method is None:
+        return 0
+    return math.prod(shape) * dtype_bytes * (2 if method.startswith("quanto") else 1)
+
+
+def is_linear(name: str, shape: Shape) -> bool:
+    """Whether a parameter inside a block is the weight of a linear layer."""
+    return len(shape) == 2 and name.endswith(".weight")
+
+
+def weight_bytes(
+    layout: Layout,
+    method: str | None,
+    dtype_bytes: int,
+    lists: Sequence[str] | None = None,
+    keep: Sequence[str] = (),
+) -> int:
+    """Bytes of a component in memory: linear layers inside block lists by ``method``, all else in the base's dtype.
+
+    ``lists`` are the block lists whose linear layers are quantized, None = all; ``keep`` names layers that are not, as
+    ``qflux.models.memory_rules.matches`` reads it. What the disk has quantized stays as it is.
+    """
+    total = sum(layout.packed.get(name, math.prod(shape) * dtype_bytes) for name, shape in layout.rest.items())
+    for prefix, (count, _) in layout.blocks.items():
+        inside = method if lists is None or prefix in lists else None
+        total += count * block_bytes(layout, prefix, inside, dtype_bytes, keep)
+    return total
+
+
+def block_bytes(layout: Layout, prefix: str, method: str | None, dtype_bytes: int, keep: Sequence[str] = ()) -> int:
+    """Bytes of one block of the list ``prefix``."""
+    total = 0
+    for name, shape in layout.blocks[prefix][1].items():
+        full = f"{prefix}.0.{name}"
+        chosen = is_linear(name, shape) and not matches(full.removesuffix(".weight"), keep)
+        total += layout.packed.get(full) or linear_bytes(shape, method if chosen else None, dtype_bytes)
+    return total
+
+
+def adapted_linears(layout: Layout, targets: str | Sequence[str], family: Family) -> dict[str, Shape]:
+    """Full name → (out, in) of the linear layers that an adapter's targets select, sorted by name.
+
+    The network's modules are those that its parameters' names tell. ``UserError`` as of ``select_targets``.
+    """
+    shapes = dict(layout.tensors())
+    linear = {name[: -len(".weight")]: shape for name, shape in shapes.items() if is_linear(name, shape)}
+    parts = [name.split(".")[:-1] for name in shapes]
+    modules = dict.fromkeys(".".join(part[: end + 1]) for part in parts for end in range(len(part)))
+    kinds = {name: None if name in linear else "no linear layer" for name in modules}
+    return {name: linear[name] for name in select_targets(kinds, targets, family)}
+
+
+def adapter_shapes(linears: Mapping[str, Shape], rank: int, use_dora: bool) -> list[Shape]:
+    """Shapes of an adapter's tensors: down ``[r, in]`` and up ``[out, r]`` a layer, with DoRA a magnitude ``[out]``."""
+    shapes: list[Shape] = []
+    for out, width in linears.values():
+        shapes += [(rank, width), (out, rank), *([(out,)] if use_dora else [])]
+    return shapes
+
+
+def state_bytes(name: str, shapes: Sequence[Shape]) -> int:
+    """Bytes of an optimizer's state over fp32 parameters of these shapes."""
+    total = 0.0
+    for shape in shapes:
+        count = math.prod(shape)
+        if name == "adafactor":  # second moments by row and by column
+            total += 4 * (count if len(shape) < 2 else count // shape[-1] + count // shape[-2])
+        elif name == "adamw8bit" and count < SMALL:
+            total += 8 * count
+        else:
+            total += _STATE[name] * count
+    return round(total)

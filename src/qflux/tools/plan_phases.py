@@ -1,0 +1,273 @@
+"""How much memory each phase of a run takes on its device: encoding, training, measuring, drawing, saving."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from qflux.config import Config
+from qflux.models.memory_rules import spread
+from qflux.tools.plan_activations import Computing, Network, Tokens
+from qflux.tools.plan_data import Data
+from qflux.tools.plan_memory import Layout, Shape, adapter_shapes, block_bytes, state_bytes, weight_bytes
+from qflux.types import EncodeStage, Family
+
+DTYPE_BYTES = {"no": 4, "bf16": 2, "fp16": 2}
+HELD_OUT_LEVELS = 5  # noise levels that one forward of the held-out loss measures
+RING = 2  # slots on the device that offloaded blocks visit
+CONTEXT = 600 << 20  # bytes that the driver and its libraries take before a tensor is there, about
+LOST = 0.03  # share of the peak that the allocator cannot use, about
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What of a config decides memory. ``quantize`` and ``quantize_text`` are methods or None, ``offloaded`` blocks."""
+
+    precision: str
+    checkpointing: str
+    optimizer: str
+    use_cache: bool
+    quantize: str | None = None
+    quantize_text: str | None = None
+    offloaded: int = 0
+    devices: int = 1
+
+
+def method(value: Any) -> str | None:
+    """The quantization that a value of ``model.quantize`` names: false = none, true = quanto-fp8."""
+    return "quanto-fp8" if value is True else value or None
+
+
+def setup_of(config: Config) -> Setup:
+    """The setup that a config asks for."""
+    model: Any = config.model
+    train: Any = config.train
+    return Setup(
+        precision=train.mixed_precision,
+        checkpointing=train.gradient_checkpointing,
+        optimizer=train.optimizer.name,
+        use_cache=config.cache.use_cache,
+        quantize=method(model.quantize),
+        quantize_text=method(getattr(model, "quantize_text_encoders", None)),
+        offloaded=getattr(train, "offload_blocks", 0),
+    )
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One phase on one device: its parts in bytes; the phase takes their sum."""
+
+    name: str
+    parts: Mapping[str, int]
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all tensors at the phase's worst moment."""
+        return sum(self.parts.values())
+
+    @property
+    def needed(self) -> int:
+        """With what the driver takes and the allocator cannot use: what the card must have."""
+        return needed(self.bytes)
+
+
+def needed(peak: int) -> int:
+    """Memory of a card on which tensors can take ``peak`` bytes."""
+    return round(peak * (1 + LOST)) + CONTEXT
+
+
+@dataclass
+class Estimate:
+    """Everything that a phase's memory follows from.
+
+    layouts      component → names and shapes
+    description  sections of the family's ``layout.json``: ``network`` and ``vae`` (None where it has none)
+    adapted      full name → (out, in) of the layers with an adapter; empty where every weight is trained
+    structure    the network's config, for the facts its blocks depend on
+    keep         linear layers inside the blocks that are never quantized
+    """
+
+    config: Config
+    family: Family
+    layouts: Mapping[str, Layout]
+    description: Mapping[str, Any]
+    adapted: Mapping[str, Shape]
+    data: Data
+    structure: Mapping[str, Any] = field(default_factory=dict)
+    keep: Sequence[str] = ()
+
+    @property
+    def full(self) -> bool:
+        """Whether every weight is trained."""
+        return self.config.model.lora is None
+
+    @cached_property
+    def trained(self) -> list[Shape]:
+        """Shapes of the trained tensors."""
+        lora = self.config.model.lora
+        if lora is None:
+            return [shape for _, shape in self.network.tensors()]
+        return adapter_shapes(self.adapted, lora.r, lora.use_dora)
+
+    @property
+    def network(self) -> Layout:
+        """The layout of the denoiser."""
+        return self.layouts[self.family.denoiser]
+
+    def base_bytes(self, setup: Setup) -> int:
+        """Bytes of a number of the base: fp32 where every weight is trained."""
+        return 4 if self.full else DTYPE_BYTES[setup.precision]
+
+    def computing(self, setup: Setup) -> Network:
+        """The network's activations under a setup."""
+        lora = self.config.model.lora
+        how = Computing(
+            dtype_bytes=DTYPE_BYTES[setup.precision],
+            fp16=setup.precision == "fp16",
+            rank=lora.r if lora else 0,
+            method=self.network.method or setup.quantize,
+            full=self.full,
+            config=self.structure,
+        )
+        return Network(self.description.get("network"), self.network, self.family, self.adapted, how)
+
+    def component_bytes(self, name: str, setup: Setup) -> int:
+        """Bytes of one loaded component on a single device without offloading."""
+        layout = self.layouts.get(name)
+        if layout is None:
+            return 0
+        b = self.base_bytes(setup)
+        if name == self.family.denoiser:
+            return weight_bytes(layout, self._method(setup), b, self.family.block_lists, self.keep)
+        texts = {part for stage in self.family.stages if stage.kind == "text" for part in stage.components}
+        chosen = setup.quantize_text if name in texts and layout.method is None else None
+        return weight_bytes(layout, chosen, b)
+
+    def _method(self, setup: Setup) -> str | None:
+        """How the denoiser is quantized as it loads; what is so on the disk is left alone."""
+        return None if self.network.method else setup.quantize
+
+    def blocks(self, setup: Setup) -> list[int]:
+        """Bytes of each block of the denoiser, in the order of its lists."""
+        b, layout = self.base_bytes(setup), self.network
+        found: list[int] = []
+        for name in self.family.block_lists:
+            if name in layout.blocks:
+                each = block_bytes(layout, name, self._method(setup), b, self.keep)
+                found += [each] * layout.blocks[name][0]
+        return found
+
+    def resident(self, setup: Setup) -> int:
+        """Bytes of the denoiser on the fullest device: without offloaded blocks, spread over the devices."""
+        blocks = self.blocks(setup)
+        rest = self.component_bytes(self.family.denoiser, setup) - sum(blocks)
+        streamed = [blocks[index] for index in spread(len(blocks), setup.offloaded)]
+        slots = sum(max(streamed[first::RING]) for first in range(min(RING, len(streamed))))
+        kept = sum(blocks) - sum(streamed)
+        return rest + -(-kept // setup.devices) + slots + (max(blocks, default=0) if setup.devices > 1 else 0)
+
+    def host(self, setup: Setup) -> int:
+        """Bytes of offloaded blocks in pinned host memory."""
+        blocks = self.blocks(setup)
+        return sum(blocks[index] for index in spread(len(blocks), setup.offloaded))
+
+    def phases(self, setup: Setup) -> list[Phase]:
+        """Every phase of the run, in order."""
+        found = [self._encoding(stage, setup) for stage in self.family.stages]
+        held = self._held(setup)
+        found.append(Phase("training step", held | self._training(setup)))
+        settings = self.config.logging.validation
+        if settings.steps and settings.held_out:
+            tokens = self._tokens(HELD_OUT_LEVELS)
+            found.append(Phase("held-out loss", held | {"activations": self._inference(tokens, setup)}))
+        if settings.steps and settings.samples:
+            found.append(Phase("drawing samples", held | self._drawing(setup)))
+        found.append(Phase("saving a checkpoint", held | {"copies of what is trained": self._copies(setup)}))
+        return found
+
+    def _tokens(self, batch: int | None = None) -> Tokens:
+        """Of the largest shape."""
+        tokens = self.data.shapes[0].tokens
+        return Tokens(tokens.image, tokens.text, batch or self.config.data.batch_size)
+
+    def _encoding(self, stage: EncodeStage, setup: Setup) -> Phase:
+        parts = {name: size for name in stage.components if (size := self.component_bytes(name, setup))}
+        if stage.kind == "image":
+            return Phase(f"encoding: {stage.name}", parts | {"activations": self._pictures(setup, "encode")})
+        sizes = [self._text(self.layouts[name], setup) for name in stage.components if name in self.layouts]
+        return Phase(f"encoding: {stage.name}", parts | {"activations": max(sizes, default=0)})
+
+    def _pictures(self, setup: Setup, way: str) -> int:
+        """Activations of the VAE, by pixels of the largest picture and the width of its first layer."""
+        rule = self.description.get("vae")
+        layout = self.layouts.get("vae")
+        if not rule or layout is None or rule["width"] not in layout.rest:
+            return 0
+        width = layout.rest[rule["width"]][0]
+        pixels = max(shape.pixels for shape in self.data.shapes)
+        return round(rule[way] * width * pixels * self.base_bytes(setup))
+
+    def _text(self, layout: Layout, setup: Setup) -> int:
+        """Activations of a text encoder: every layer's output is kept, beside the widest product and the logits."""
+        tables = [shape for _, shape in layout.rest.items() if len(shape) == 2]
+        wide = max((s[0] for _, block in layout.blocks.values() for s in block.values() if len(s) == 2), default=0)
+        layers = max((count for count, _ in layout.blocks.values()), default=0)
+        vocabulary, hidden = max(tables, key=math.prod, default=(0, 0))
+        logits = vocabulary if any(name.startswith("lm_head") for name in layout.rest) else 0
+        return self.data.shapes[0].tokens.text * (hidden * (layers + 4) + 3 * wide + logits) * self.base_bytes(setup)
+
+    def _held(self, setup: Setup) -> dict[str, int]:
+        """What lies on the device all through training."""
+        numbers = sum(map(math.prod, self.trained))
+        share = setup.devices
+        parts = {self.family.denoiser: self.resident(setup)}
+        if not self.full:
+            parts["adapter"] = 4 * numbers // share
+        parts["optimizer"] = state_bytes(setup.optimizer, self.trained) // share
+        if self.config.train.ema is not None:
+            parts["average of the weights"] = 4 * numbers // share
+        if not setup.use_cache:
+            for stage in self.family.stages:
+                parts |= {name: size for name in stage.components if (size := self.component_bytes(name, setup))}
+        settings = self.config.logging.validation
+        if settings.steps and settings.samples:
+            parts |= {name: size for name in self.family.drawing if (size := self.component_bytes(name, setup))}
+        return parts
+
+    def _training(self, setup: Setup) -> dict[str, int]:
+        numbers, network = sum(map(math.prod, self.trained)), self.computing(setup)
+        tokens, mode = self._tokens(), setup.checkpointing
+        offloaded = frozenset(spread(len(self.blocks(setup)), setup.offloaded))
+        peak = network.peak(mode, tokens, offloaded)
+        if setup.devices > 1:
+            saved = network.saved(mode, tokens, offloaded)
+            peak = peak - saved + -(-saved // setup.devices)
+        parts = {"gradients": 4 * numbers // setup.devices, "activations": peak}
+        if self.full and DTYPE_BYTES[setup.precision] < 4:
+            parts["16-bit copies of the weights"] = 2 * numbers // setup.devices
+        if not setup.use_cache:
+            parts["activations of the encoders"] = max(
+                self._encoding(stage, setup).parts["activations"] for stage in self.family.stages
+            )
+        return parts
+
+    def _inference(self, tokens: Tokens, setup: Setup) -> int:
+        return self.computing(setup).inference(tokens)
+
+    def _drawing(self, setup: Setup) -> dict[str, int]:
+        numbers = sum(map(math.prod, self.trained)) // setup.devices
+        copies = (4 * numbers if self.config.train.ema is not None else 0) + self.base_bytes(setup) * numbers
+        work = max(self._inference(self._tokens(1), setup), self._pictures(setup, "decode"))
+        return {"copies of what is trained": copies if not self.full else 0, "activations": work}
+
+    def _copies(self, setup: Setup) -> int:
+        twice = self.config.train.ema is not None or setup.optimizer == "adamw_schedule_free"
+        return 4 * sum(map(math.prod, self.trained)) * (2 if twice else 1) // setup.devices
+
+
+def worst(phases: Sequence[Phase]) -> Phase:
+    """The phase that takes the most."""
+    return max(phases, key=lambda phase: phase.bytes)
