@@ -18,6 +18,7 @@ import torch
 
 from qflux.errors import UserError
 from qflux.io.digests import blake3_file, blake3_json
+from qflux.io.json_files import read_object
 from qflux.io.quiet import quiet_imports
 
 if TYPE_CHECKING:
@@ -81,11 +82,7 @@ def model_class(folder: Path) -> str:
 
 
 def _index(folder: Path) -> dict[str, Any]:
-    path = folder / "model_index.json"
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{KEY}: {path} cannot be read ({type(error).__name__}); a diffusers model has one") from None
+    return read_object(folder / "model_index.json", KEY)
 
 
 def _download(name: str, revision: str | None, components: Sequence[str]) -> Path:
@@ -236,7 +233,7 @@ def read_config(folder: Path, component: str) -> dict[str, Any]:
     names = ("config.json", f"{component}_config.json")
     for path in (folder / component / name for name in names):
         if path.is_file():
-            return json.loads(path.read_text(encoding="utf-8"))
+            return read_object(path, KEY)
     raise UserError(f"{folder / component}: found neither {' nor '.join(names)}; {KEY} must name a diffusers folder")
 
 

@@ -6,7 +6,6 @@ Number formats and their bytes, which layers keep the base's dtype, what cannot 
 from __future__ import annotations
 
 import importlib.util
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 from qflux.config import Config, ModelConfig
 from qflux.config_values import METHODS
+from qflux.io.json_files import read_object
 from qflux.types import Family
 
 ADVICE = {"quanto-int2": "2 bits a weight leave little of what the network learned; for trials only"}
@@ -109,7 +109,7 @@ def stored_problems(config: Config, family: Family, folder: Path) -> list[str]:
 
 
 def _read(path: Path) -> Mapping[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return read_object(path, "model.pretrained_model_name_or_path") if path.is_file() else {}
 
 
 def matches(name: str, patterns: Sequence[str]) -> bool:

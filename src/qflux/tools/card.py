@@ -173,7 +173,10 @@ def _loss(loss: LossConfig) -> str:
 
 def _precision(config: Config) -> str:
     dtype = str(torch_dtype(config.train.mixed_precision)).removeprefix("torch.")
-    return f"weights in float32, computed in {dtype}" if config.model.lora is None else f"base {dtype}, adapter float32"
+    if config.model.lora is None:
+        return f"weights in float32, computed in {dtype}"
+    base = f"base {dtype}, its blocks {config.model.quantize}" if config.model.quantize else f"base {dtype}"
+    return f"{base}, adapter float32"
 
 
 def _limits(facts: CardFacts, config: Config) -> str:
