@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from qflux.config import Config
 from qflux.errors import UserError
 from qflux.io.quiet import quiet_imports
-from qflux.models.optimizers import guarded_step
+from qflux.models.optimizers import guarded_step, load_optimizer_state, optimizer_state
 from qflux.parallel.group import Group, connect_to_launcher
 from qflux.types import Family
 
@@ -206,8 +206,25 @@ class Placement:
         return value / self.processes
 
     def whole(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The whole of tensors that may be spread over processes; every process calls this, all get them."""
+        """Whole tensors of parameters (or of what is like them) that may be spread over processes.
+
+        Every process calls this; only the main one may use the result. Names are kept.
+        """
         return dict(tensors)
+
+    @torch.no_grad()
+    def fill(self, params: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+        """Put whole ``values`` into parameters (or what is like them); every process calls this with equal values."""
+        for name, value in values.items():
+            params[name].copy_(value)
+
+    def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """The optimizer's whole state as a tree, equal for any number of processes; see ``whole`` for who calls."""
+        return optimizer_state(optimizer)
+
+    def load_optimizer_state(self, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+        """Put a state of ``optimizer_state`` back; every process calls this with equal values."""
+        load_optimizer_state(optimizer, state)
 
     def close(self) -> None:
         """Leave the group; the process can open another placement afterwards."""
