@@ -55,13 +55,18 @@ class Ema:
         """All a resume needs, as a tree of numbers and tensors (references, not copies)."""
         return {"updates": self.updates, "average": dict(self.average)}
 
-    def load(self, state: Mapping[str, Any]) -> None:
-        """Go back to a ``state()``, bit for bit. Raises UserError when it is of other parameters."""
+    def check(self, state: Mapping[str, Any]) -> None:
+        """Raise UserError when a ``state()`` is of other parameters."""
         average = state["average"]
         odd = sorted(self.average.keys() ^ average.keys())
         odd += [name for name, own in self.average.items() if name in average and average[name].shape != own.shape]
         if odd:
             raise UserError(f"the checkpoint's EMA is of other parameters; {len(odd)} differ, e.g. {odd[0]}")
+
+    @torch.no_grad()
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Go back to a ``state()``, bit for bit; checked first."""
+        self.check(state)
         self.updates = int(state["updates"])
         for name, own in self.average.items():
-            own.copy_(average[name])
+            own.copy_(state["average"][name])

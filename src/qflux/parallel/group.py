@@ -53,6 +53,7 @@ class Group:
         self, rank: int = 0, processes: int = 1, connect: Callable[[], Any] | None = None, silence: float = 120.0
     ) -> None:
         self.rank, self.processes, self.silence = rank, processes, silence
+        self.lockstep = False
         self.phase, self.step = "starting", 0
         self.on_loss: Callable[[int, str], None] | None = None
         self.trouble: str | None = None
@@ -105,6 +106,17 @@ class Group:
             raise own
         return [_opened(text, rank) for rank, text in enumerate(told)]
 
+    def first(self, make: Callable[[], Any]) -> Any:
+        """What ``make`` gives on process 0, None on the others, which wait; what it raises is raised on all."""
+        found = None
+
+        def run() -> None:
+            nonlocal found
+            found = make()
+
+        self.share(run)
+        return found
+
     def meet(self) -> None:
         """Wait until every process is here."""
         self.gather(lambda: None)
@@ -134,6 +146,13 @@ class Group:
             return
         code = error.exit_code if isinstance(error, QfluxError) else BUG
         self._watch.report(code, f"{type(error).__name__}: {error}".splitlines()[0])
+
+    def explained(self) -> PeerLost | None:
+        """After a collective broke: the lost peer that it broke for, or None when nobody is lost."""
+        deadline = time.monotonic() + 4 * BEAT
+        while self.processes > 1 and self.trouble is None and time.monotonic() < deadline:
+            time.sleep(BEAT / 10)
+        return None if self.trouble is None else PeerLost(self.trouble)
 
     def close(self) -> None:
         """This process is done; it is not missed any more."""

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from qflux.config import Config
 from qflux.errors import UserError
 from qflux.io.quiet import quiet_imports
+from qflux.models.adapters import trainable
 from qflux.models.optimizers import guarded_step, load_optimizer_state, optimizer_state
 from qflux.parallel.group import Group, connect_to_launcher
 from qflux.types import Family
@@ -54,7 +55,7 @@ def open_placement(config: Config, family: Family) -> Placement:
     problems = environment_problems(os.environ, config, kind)
     if problems:
         raise UserError(*problems)
-    seat = take_seat(kind)
+    seat = take_seat()
     group = Group(seat.rank, seat.processes, connect_to_launcher, config.train.peer_timeout)
     return _class_of(kind, seat)(config, family, seat, group)
 
@@ -104,7 +105,7 @@ def environment_problems(environment: Mapping[str, str], config: Config, kind: s
     return problems
 
 
-def take_seat(kind: str) -> Seat:
+def take_seat() -> Seat:
     """Form the process group through Accelerate; on a machine without CUDA it is one of gloo."""
     with quiet_imports():
         from accelerate import PartialState
@@ -124,6 +125,7 @@ class Placement:
 
     def __init__(self, config: Config, family: Family, seat: Seat, group: Group) -> None:
         self.config, self.family, self.group = config, family, group
+        group.lockstep = self.sharded
         self.device, self.rank, self.processes = seat.device, seat.rank, seat.processes
         self.loss_scale = FP16_LOSS_SCALE if config.train.mixed_precision == "fp16" else 1.0
         self._model: nn.Module | None = None
@@ -144,8 +146,12 @@ class Placement:
         """(the object to call, trained parameters by name, their optimizer) of a model that lies anywhere."""
         model = model.to(self.device)
         self._model = self._wrap(model)
-        params = {name: param for name, param in model.named_parameters() if param.requires_grad}
+        params = trainable(model)
         return self._model, params, make_optimizer(list(params.values()))
+
+    def placed(self, model: nn.Module) -> Any:
+        """A model that is only called, where this process computes."""
+        return model.to(self.device)
 
     def _wrap(self, model: nn.Module) -> nn.Module:
         if self.processes == 1:

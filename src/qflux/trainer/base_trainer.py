@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from qflux.config import Config
+    from qflux.parallel.group import Group
+    from qflux.parallel.placement import Placement
     from qflux.runtime.signals import StopSignal
 
 HOOKS = ("load", "encode", "predict", "pipeline", "call_kwargs")
@@ -53,6 +55,15 @@ class BaseTrainer(ABC):
 
     def __init__(self, config: Config, folder: Path, *, dtype: torch.dtype, device: torch.device) -> None:
         self.config, self.folder, self.dtype, self.device = config, folder, dtype, device
+        self._group: Group | None = None
+
+    @property
+    def group(self) -> Group:
+        """The processes of the run as this one sees them."""
+        from qflux.parallel.group import Group
+
+        self._group = self._group or Group()
+        return self._group
 
     @abstractmethod
     def load(self, component: str) -> Any:
@@ -119,6 +130,10 @@ class BaseTrainer(ABC):
         encoders = {name for stage in self.family.stages if stage.kind == "text" for name in stage.components}
         needed = {name: components[name] for name in (*self.family.drawing, self.family.denoiser)}
         return needed | {name: components.get(name) for name in encoders}
+
+    def join(self, place: Placement) -> None:
+        """From now on work where ``place`` says, as one of its processes."""
+        self.device, self._group = place.device, place.group
 
     def fit(self, stop: StopSignal, resume: str | None = None) -> None:
         """Train: make or complete the cache, then the loop, with checkpoints and validation on the way."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ from qflux.data.dataset import EditDataset
 from qflux.data.order import Order
 from qflux.errors import UserError
 from qflux.io.digests import DigestMemo, blake3_file
-from qflux.io.progress import say
+from qflux.io.progress import say, speak_as
 from qflux.models import adapters
 from qflux.models.activations import set_checkpointing
 from qflux.models.ema import Ema
@@ -25,7 +26,7 @@ from qflux.models.memory_rules import method_of, text_components
 from qflux.models.offload import offload_blocks
 from qflux.models.optimizers import make_optimizer
 from qflux.models.schedules import make_schedule
-from qflux.parallel.placement import Placement
+from qflux.parallel.placement import Placement, open_placement
 from qflux.trainer.early import scan_all
 from qflux.trainer.encoding import RECIPE, cache_manager
 from qflux.trainer.state import Weights
@@ -37,12 +38,39 @@ if TYPE_CHECKING:
 _SHOWN_SHIFTS = 6
 
 
+@contextmanager
+def joined(trainer: BaseTrainer) -> Iterator[Placement]:
+    """This process among those of the run, while the block lasts; a failure in it is told to the others."""
+    place = open_placement(trainer.config, trainer.family)
+    speak_as(place.rank)
+    trainer.join(place)
+    try:
+        yield place
+    except RuntimeError as error:
+        found = place.group.explained()  # a collective breaks when the process at its other end is gone
+        if found is None:
+            place.group.failed(error)
+            raise
+        raise found from error
+    except BaseException as error:
+        place.group.failed(error)
+        raise
+    finally:
+        place.close()
+
+
 def open_datasets(trainer: BaseTrainer) -> list[EditDataset]:
     """The training set and, where the config names one, the held-out set; all problems of both and of the samples."""
-    sets, problems = scan_all(trainer.config, trainer.family)
-    if problems:
-        raise UserError(*problems)
-    return sets
+
+    def scanned() -> list[EditDataset]:
+        sets, problems = scan_all(trainer.config, trainer.family)
+        if problems:
+            raise UserError(*problems)
+        return sets
+
+    # The first process of all reads every file for its digest, the others find the digests in the memo.
+    own = trainer.group.first(scanned)
+    return own if own is not None else scanned()
 
 
 def check_targets(trainer: BaseTrainer) -> None:
@@ -186,10 +214,10 @@ def make_weights(trainer: BaseTrainer, place: Placement, batch: int) -> tuple[to
         offload=train.offload_activations,
     )
     offload_weights(trainer, model)
-    called = place.prepare(model)
+    called, params, optimizer = place.prepare(
+        model, lambda trained: make_optimizer(train.optimizer.name, trained, train.optimizer)
+    )
     unwrapped = place.unwrap(called)
-    params = adapters.trainable(unwrapped)
-    optimizer = make_optimizer(config.train.optimizer.name, params.values(), config.train.optimizer)
     schedule = make_schedule(config.train.lr_scheduler, optimizer, config.train.max_train_steps)
     ema = None if config.train.ema is None else Ema(params, config.train.ema.decay)
     state = TrainState(batch=batch, seed=config.train.seed)
