@@ -9,6 +9,7 @@ class QfluxError(Exception):
     """An expected failure: its text is the whole message, without a traceback."""
 
     exit_code = USER
+    told = False  # whether another process of the run has told people already
 
 
 class UserError(QfluxError):

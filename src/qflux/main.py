@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -12,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qflux.config import Config, load_config
-from qflux.errors import BUG, DONE, QfluxError, UserError
-from qflux.io.progress import say
+from qflux.errors import BUG, DONE, Interrupted, QfluxError, UserError
+from qflux.io.progress import process, say
 from qflux.runtime.signals import StopSignal, die_with_parent
 from qflux.trainer.early import NO_MASKS, early_problems, scan_all, scan_held_out
 
@@ -153,6 +154,18 @@ def run(args: argparse.Namespace, stop: StopSignal) -> int:
     return DONE
 
 
+def tell(error: QfluxError) -> None:
+    """Print the lines of an error; of several processes only those that know something the first does not."""
+    rank = process()
+    if rank is None and os.environ.get("LOCAL_RANK", "0") != "0":
+        return  # found before the processes met: the first of this machine reads the same files
+    if error.told or (rank and isinstance(error, Interrupted)):
+        return
+    mark = f"[process {rank}] " if rank else ""
+    for line in str(error).splitlines():
+        print(f"{mark}{line}", file=sys.stderr)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run and turn expected failures into one line and an exit code."""
     die_with_parent()
@@ -162,8 +175,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with stop:
             return run(args, stop)
     except QfluxError as error:
-        for line in str(error).splitlines():
-            print(line, file=sys.stderr)
+        tell(error)
         return error.exit_code
     except KeyboardInterrupt:
         say("interrupted at once")

@@ -11,13 +11,18 @@ from typing import Any
 
 _EVERY = 10.0  # seconds between plain lines
 _bars: list[Progress] = []
-_process = 0  # rank of this process; only 0 talks for all
+_process: int | None = None  # rank of this process in a run; 0 talks for all
 
 
 def speak_as(process: int) -> None:
     """From now on this is process ``process`` of a run of several: all but 0 are silent and show no progress."""
     global _process
     _process = process
+
+
+def process() -> int | None:
+    """This process's rank, None before the processes of the run met."""
+    return _process
 
 
 def say(text: str, everywhere: bool = False) -> None:

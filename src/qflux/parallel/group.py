@@ -35,7 +35,9 @@ class PeerLost(RunStopped):
 
 
 class PeerRefused(QfluxError):
-    """What another process found, with its exit code; that process has told people already."""
+    """What another process found, with its exit code."""
+
+    told = True
 
     def __init__(self, text: str, exit_code: int) -> None:
         super().__init__(text)
