@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from PIL import Image
 
@@ -33,6 +34,8 @@ PROMPT = "segment the shape"
 
 _RATE = r"\d+/\d+  [\d.]+( image| step)?/s(  eta \d+:\d\d:\d\d)?(  \w+ \S+)*"
 OUR_LINES = [
+    r"plan: a device needs about \S+ [KMG]iB \(.+\)",
+    r"plan: the disk holds .+ checkpoints? of .+",
     r"run folder \S+",
     rf"(caching|checking cache|training|sampling [\w-]+) {_RATE}",
     r"cache: \d+ reused, \d+ encoded, \d+ repaired in \d+:\d\d:\d\d",
@@ -228,6 +231,14 @@ class Project:
             stderr=subprocess.PIPE,
             text=True,
         )
+
+
+def own_memory(pipe: Any) -> Any:
+    """The pipeline with its weights out of the mapped files: unaligned there, kernels of the CPU round otherwise."""
+    for part in pipe.components.values():
+        for value in [*part.parameters(), *part.buffers()] if isinstance(part, torch.nn.Module) else ():
+            value.data = value.data.clone()
+    return pipe
 
 
 def finish(process: subprocess.Popen[str], seconds: float = 240) -> Outcome:

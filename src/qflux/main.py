@@ -1,4 +1,4 @@
-"""The command line: parse → config → trainer → cache | fit | sample | check."""
+"""The command line: parse → config → trainer → cache | fit | sample | plan | check."""
 
 from __future__ import annotations
 
@@ -46,28 +46,31 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     mode.add_argument("--cache", action="store_true", help="encode everything and stop")
     mode.add_argument("--sample", action="store_true", help="draw the validation samples")
     mode.add_argument("--check", action="store_true", help="check config and data set, write a contact sheet")
+    mode.add_argument("--plan", action="store_true", help="what is loaded where, memory, disk, steps; loads nothing")
     mode.add_argument("--export", metavar="FORMAT", help="write an adapter for other tools: comfyui, kohya, diffusers")
     mode.add_argument("--push", metavar="REPO", help="write what users of the result need and upload it to the hub")
     parser.add_argument("--checkpoint", metavar="DIR", help="with --sample and --push: a checkpoint or a run folder")
     parser.add_argument("--adapter", type=Path, metavar="FILE", help="with --export: an adapter or its checkpoint")
     parser.add_argument("--out", type=Path, metavar="PATH", help="where pictures, export or folder to share go")
-    parser.add_argument("--json", action="store_true", help="with --check: print JSON")
+    parser.add_argument("--json", action="store_true", help="with --check and --plan: print JSON")
+    parser.add_argument("--memory", metavar="24GB", help="with --plan: a card, and the first change that fits it")
     parser.add_argument("--resume", metavar="auto|PATH", help="with training: continue a run")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="override values of the config")
     args = parser.parse_intermixed_args(argv)
     bad = [word for word in args.overrides if "=" not in word]
     if bad:
         parser.error(f"found {' '.join(bad)}, expected overrides of the form key.path=value")
-    if args.push == "" or args.export == "":
-        parser.error("--push and --export need a value, found an empty one")
+    if "" in (args.push, args.export, args.memory):
+        parser.error("--push, --export and --memory need a value, found an empty one")
     reading = args.sample or args.check or args.export or args.push
     for given, fits, where in (
         (args.checkpoint, args.sample or args.push, "--checkpoint goes with --sample or --push"),
         (args.adapter, args.export, "--adapter goes with --export"),
         (args.export, args.adapter, "--export needs --adapter FILE"),
         (args.out, reading, "--out goes with --sample, --check, --export or --push"),
-        (args.json, args.check, "--json goes with --check"),
-        (args.resume, not (args.cache or reading), "--resume goes with training"),
+        (args.json, args.check or args.plan, "--json goes with --check or --plan"),
+        (args.memory, args.plan, "--memory goes with --plan"),
+        (args.resume, not (args.cache or args.plan or reading), "--resume goes with training"),
     ):
         if given and not fits:
             parser.error(where)
@@ -85,6 +88,20 @@ def check(config: Config, trainer_class: type[BaseTrainer], args: argparse.Names
     report = replace(report, problems=tuple(dict.fromkeys([*others, *report.problems])), notes=notes)
     say(report.to_json() if args.json else report.text())
     return DONE if report.ok else UserError.exit_code
+
+
+def plan(config: Config, trainer_class: type[BaseTrainer], args: argparse.Namespace) -> int:
+    """``--plan``: what is loaded where, memory by phase, disk, steps, what fits a card; needs no torch."""
+    from qflux.config_values import memory_bytes
+    from qflux.tools.plan import make_plan
+
+    try:
+        memory = None if args.memory is None else memory_bytes(args.memory)
+    except ValueError as error:
+        raise UserError(f"--memory: found {args.memory}, {error}") from None
+    found = make_plan(config, trainer_class, memory=memory)
+    say(found.to_json() if args.json else found.text())
+    return UserError.exit_code if found.problems else DONE
 
 
 def share(config: Config, trainer_class: type[BaseTrainer], args: argparse.Namespace) -> int:
@@ -121,11 +138,12 @@ def run(args: argparse.Namespace, stop: StopSignal) -> int:
     trainer_class = import_trainer(config)
     if args.check:
         return check(config, trainer_class, args)
+    if args.plan:
+        return plan(config, trainer_class, args)
     if args.export or args.push:
         return share(config, trainer_class, args)
-    problems = early_problems(config, trainer_class.family)
-    if not args.sample:
-        problems += scan_all(config, trainer_class.family)[1]
+    datasets, found = ([], []) if args.sample else scan_all(config, trainer_class.family)
+    problems = early_problems(config, trainer_class.family) + found
     if problems:
         raise UserError(*problems)
     from qflux.models.loading import model_class, resolve_model, torch_dtype
@@ -141,6 +159,10 @@ def run(args: argparse.Namespace, stop: StopSignal) -> int:
     problems = stored_problems(config, trainer_class.family, folder)
     if problems:
         raise UserError(*problems)
+    if not (args.cache or args.sample):
+        from qflux.tools.plan_start import check_plan
+
+        check_plan(config, trainer_class, datasets, folder)
     import torch
 
     dtype = torch_dtype(config.train.mixed_precision if config.model.lora is not None else "no")

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny_project import own_memory
 
 from qflux.config import load_config
 from qflux.data.dataset import sample_from_config
@@ -32,7 +33,7 @@ def official(model: Path, photo: Path) -> np.ndarray:
     """The picture a user gets: the official pipeline with its own resizing, its own text, the untouched photo."""
     with quiet_imports():
         from diffusers import FluxKontextPipeline
-    pipe = FluxKontextPipeline.from_pretrained(model)
+    pipe = own_memory(FluxKontextPipeline.from_pretrained(model))
     pipe.set_progress_bar_config(disable=True)
     result = pipe(
         image=Image.open(photo),

@@ -11,7 +11,18 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_project import PROMPT, WEIGHTS, Project, adapter_bytes, checkpoint, column, differing, metrics, record
+from tiny_project import (
+    PROMPT,
+    WEIGHTS,
+    Project,
+    adapter_bytes,
+    checkpoint,
+    column,
+    differing,
+    metrics,
+    own_memory,
+    record,
+)
 
 from qflux.io.quiet import quiet_imports
 from qflux.trainer import flux_kontext_trainer, loop
@@ -44,7 +55,7 @@ def fresh_pipeline(model: Path, adapter: Path | None, precision: str = "no") -> 
     with quiet_imports():
         from diffusers import FluxKontextPipeline
 
-        pipe = FluxKontextPipeline.from_pretrained(model, torch_dtype=DTYPES[precision])
+        pipe = own_memory(FluxKontextPipeline.from_pretrained(model, torch_dtype=DTYPES[precision]))
         if adapter is not None:
             pipe.load_lora_weights(adapter)
     pipe.set_progress_bar_config(disable=True)

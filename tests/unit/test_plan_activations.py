@@ -212,6 +212,40 @@ def test_saved_activations_within_five_percent_of_autograds(case, fused):
     assert plan.saved(mode, tokens) == pytest.approx(counted, rel=0.01 if blocks is None else 0.03)
 
 
+PARKED = [(KONTEXT, "attention", "full"), (DEV, "attention", "selective"), (KLEIN, "attention", "alternate"),
+          (EDIT, "attention", "full"), (KONTEXT, "attention", "ffn")]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", PARKED, ids=lambda case: f"{case[0].partition('/')[2]}-{case[2]}")
+def test_inputs_that_wait_in_host_memory_are_not_on_the_device(case, fused, monkeypatch):
+    """What ``train.offload_activations`` takes away is counted where it leaves."""
+    hub, targets, mode = case
+    model, plan = network(hub, targets, HALF, 4), planned(hub, targets, HALF, 4)
+    feed_forward = [name for entry in plan.description["lists"].values() for name in entry["feed_forward"]]
+    sent = {}
+
+    def pack(self, tensor):
+        if tensor.requires_grad:
+            sent[tensor.untyped_storage()._cdata] = (tensor.untyped_storage().nbytes(), tensor)
+        return tensor
+
+    monkeypatch.setattr(activations.Parking, "pack", pack)
+    monkeypatch.setattr(activations.Parking, "unpack", lambda self, tensor: tensor)
+    lists = TRAINERS[hub].family.block_lists
+    activations.set_checkpointing(model, mode, lists, feed_forward=feed_forward, offload=True)
+    _, tokens = call(hub, model, P, [P] if hub == EDIT else [], 512, 2, HALF)
+    counted = sum(nbytes for nbytes, _ in sent.values())
+    gone = plan.saved(mode, tokens) - plan.saved(mode, tokens, parked=True)
+    assert counted > 0
+    # Of the feed-forward parts the first block's stay in the plan: whether they carry gradients depends on the targets.
+    assert gone == pytest.approx(counted, rel=0.01 if mode != "ffn" else 0.3)
+    assert plan.peak(mode, tokens, parked=True) < plan.peak(mode, tokens)
+    assert plan.saved("none", tokens, parked=True) == plan.saved("none", tokens)
+    offloaded = frozenset(range(len(plan.blocks(tokens))))
+    kept = plan.saved("alternate", tokens, offloaded) - plan.saved("alternate", tokens, offloaded, True)
+    assert kept <= plan.saved("alternate", tokens) - plan.saved("alternate", tokens, parked=True)
+
+
 PEAKS = [
     (KONTEXT, "attention", "none", P, [P], 512, 1),
     (KONTEXT, "attention+mlp", "full", P, [P], 512, 2),

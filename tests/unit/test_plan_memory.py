@@ -11,15 +11,21 @@ from pathlib import Path
 import pytest
 import torch
 
-from qflux.config import LoraConfig, OptimizerConfig
+from qflux.config import Config, LoraConfig, OptimizerConfig
+from qflux.demo import DEMOS
 from qflux.errors import UserError
 from qflux.io.quiet import quiet_imports
 from qflux.io.tensors import save_tensors
+from qflux.main import import_trainer
 from qflux.models import quantize
 from qflux.models.adapters import add_adapter, resolve_targets, trainable
+from qflux.models.loading import torch_dtype
 from qflux.models.optimizers import make_optimizer
+from qflux.models.streaming import load_streaming
 from qflux.models.structures import family_data, meta_transformer, structures
+from qflux.tools.plan import make_plan
 from qflux.tools.plan_memory import (
+    IN_FP32,
     Layout,
     adapted_linears,
     adapter_shapes,
@@ -32,6 +38,7 @@ from qflux.trainer.flux2_trainer import Flux2KleinTrainer, Flux2Trainer
 from qflux.trainer.flux_kontext_trainer import FluxKontextTrainer, FluxTrainer
 from qflux.trainer.qwen_image_edit_plus_trainer import QwenImageEditPlusTrainer
 from qflux.trainer.qwen_image_edit_trainer import QwenImageEditTrainer
+from qflux.trainer.qwen_image_trainer import QwenImageTrainer
 
 ROOT = Path(__file__).resolve().parents[2]
 BFL, QWEN = "black-forest-labs/", "Qwen/"
@@ -42,6 +49,7 @@ TRAINERS = {
     BFL + "FLUX.2-dev": Flux2Trainer,
     BFL + "FLUX.2-klein-9B": Flux2KleinTrainer,
     BFL + "FLUX.2-klein-base-4B": Flux2KleinTrainer,
+    QWEN + "Qwen-Image": QwenImageTrainer,
     QWEN + "Qwen-Image-Edit": QwenImageEditTrainer,
     QWEN + "Qwen-Image-Edit-2511": QwenImageEditPlusTrainer,
 }
@@ -52,6 +60,7 @@ PARAMETERS = {
     "FLUX.2-dev": 32_223_281_152,
     "FLUX.2-klein-9B": 9_078_581_248,
     "FLUX.2-klein-base-4B": 3_875_544_576,
+    "Qwen-Image": 20_430_401_088,
     "Qwen-Image-Edit": 20_430_401_088,
     "Qwen-Image-Edit-2511": 20_430_401_088,
 }
@@ -156,6 +165,59 @@ def test_a_folder_that_is_quantized_already_stays_as_it_is(method, tmp_path):
     packed = sum(tensor.nbytes for tensor in tensors.values())
     assert weight_bytes(layout, None, 2) == packed
     assert packed < 2 * 32 * 64 * 2
+
+
+LOADED = [("flux_kontext", ["transformer", "vae"]), ("flux2", ["transformer", "vae", "text_encoder"]),
+          ("qwen_image_edit", ["transformer", "text_encoder"])]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "parts"), LOADED, ids=[name for name, _ in LOADED])
+@pytest.mark.parametrize(
+    ("method", "precision"), [(False, "fp16"), ("bnb-nf4", "bf16"), ("bnb-int8", "fp16"), ("quanto-int4", "bf16")]
+)
+def test_components_take_the_planned_bytes_when_they_are_loaded(name, parts, method, precision, tmp_path):
+    """Loaded by the family's own trainer as the config asks: every weight with its scales is counted."""
+    DEMOS[name].write_model(tmp_path)
+    config = Config.model_validate({
+        "model": {"pretrained_model_name_or_path": str(tmp_path), "quantize": method, "quantize_text_encoders": method},
+        "data": {"dataset_path": "nowhere", "target_size": [64, 64]},
+        "train": {"trainer": DEMOS[name].trainer, "mixed_precision": precision},
+    })  # fmt: skip
+    cls = import_trainer(config)
+    planned = {part.name: part.bytes for part in make_plan(config, cls).components}
+    trainer = cls(config, tmp_path, dtype=torch_dtype(precision), device=torch.device("cpu"))
+    for part in parts:
+        loaded = quantize.weight_bytes(trainer.load(part))
+        # Some checkpoints hold a few statistics that are no parameters.
+        assert planned[part] == pytest.approx(loaded, rel=0.002 if part == "vae" else 0), part
+
+
+@pytest.mark.parametrize(
+    ("method", "precision"), [(None, "fp16"), (None, "bf16"), ("bnb-nf4", "bf16"), ("quanto-int8", "fp16")]
+)
+def test_layers_that_transformers_keeps_in_fp32_are_not_quantized(method, precision, tmp_path):
+    with quiet_imports():
+        import transformers
+    shape = {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_heads": 4, "num_layers": 2, "vocab_size": 40}
+    whole = transformers.T5EncoderModel(transformers.T5Config(**shape))
+    whole.save_pretrained(tmp_path / "text_encoder")
+    loaded = load_streaming(
+        transformers.T5EncoderModel, tmp_path, "text_encoder", torch_dtype(precision), quantize=method
+    )
+    layout, kept = folder_layout(tmp_path, "text_encoder"), IN_FP32["T5EncoderModel"]
+    planned = weight_bytes(layout, method, 2, None, kept, kept if precision == "fp16" else ())
+    assert planned == quantize.weight_bytes(loaded)
+
+
+def test_those_layers_are_the_ones_that_transformers_names():
+    with quiet_imports():
+        import transformers
+    named = {name for hub in TRAINERS for name in layouts(hub)} - {"vae", "transformer"}
+    classes = {layouts(hub)[name].class_name for hub in TRAINERS for name in named if name in layouts(hub)}
+    for name in {*classes, *IN_FP32}:
+        cls = getattr(transformers, name)
+        assert tuple(cls._keep_in_fp32_modules or ()) == tuple(IN_FP32.get(name, ())), name
+        assert not getattr(cls, "_keep_in_fp32_modules_strict", None), name
 
 
 @pytest.mark.parametrize("hub", [KONTEXT, DEV, KLEIN, EDIT])

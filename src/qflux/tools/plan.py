@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qflux.config import Config
+from qflux.config_values import memory_bytes
 from qflux.data.dataset import EditDataset, scan
 from qflux.errors import UserError
+from qflux.models.memory_rules import refusals, stored_problems
 from qflux.models.structures import FILE as STRUCTURES
 from qflux.models.structures import family_data, structures
 from qflux.tools.plan_activations import MODES, Tokens, section
@@ -28,14 +30,21 @@ from qflux.tools.plan_data import (
     folder_structure,
     read_data,
 )
-from qflux.tools.plan_ladder import Advice, advise
+from qflux.tools.plan_ladder import ENCODERS, Advice, advise
 from qflux.tools.plan_memory import KEY, Layout, adapted_linears, folder_layout, known_layouts, state_bytes
-from qflux.tools.plan_phases import Estimate, Phase, Setup, setup_of, worst
+from qflux.tools.plan_phases import VALIDATING, Estimate, Phase, Setup, setup_of, worst
+from qflux.tools.plan_text import plan_text, remedy, size, summary
+from qflux.trainer.early import memo_of
 from qflux.types import Family
 
 if TYPE_CHECKING:
     from qflux.trainer.base_trainer import BaseTrainer
 
+_OTHERWISE = {
+    "encoding": "make the cache elsewhere and set cache.on_missing: refuse",
+    VALIDATING[0]: "leave logging.validation.held_out out",
+    VALIDATING[1]: "leave logging.validation.samples out",
+}
 _DTYPES = {"no": "fp32", "bf16": "bf16", "fp16": "fp16"}
 
 
@@ -73,6 +82,7 @@ class Plan:
     data: Data
     disk: Disk
     notes: tuple[str, ...]
+    problems: tuple[str, ...] = ()
     advice: Advice | None = field(default=None)
 
     @property
@@ -80,17 +90,30 @@ class Plan:
         """The phase that takes the most."""
         return worst(self.phases)
 
+    @property
+    def rough(self) -> bool:
+        """Whether activations are only a rule of thumb, because nothing describes the network's blocks."""
+        return not self.estimate.computing(self.setup).exact
+
     def refusal(self, memory: int) -> list[str]:
         """Why a card of ``memory`` bytes cannot hold the run, and what to change; empty when it can."""
-        advice = self.advice if self.advice and self.advice.memory == memory else None
-        advice = advice or advise(self.estimate, self.setup, memory)
-        if advice.fits:
+        too_large = [phase for phase in self.phases if phase.needed > memory]
+        if not too_large:
             return []
-        lines = [
-            f"memory: {phase.name} needs about {size(phase.needed)}, the device has {size(memory)}; {_remedy(advice)}"
-            for phase in self.phases
-            if phase.needed > memory
-        ]
+        advice = advise(self.estimate, self.setup, memory, split=False)
+        if not advice.reached:  # what can be done for the others when validation is left out
+            advice = advise(self.estimate, self.setup, memory, but=VALIDATING, split=False)
+        then = {phase.name: phase.needed for phase in self.estimate.phases(advice.setup)}
+        lines = []
+        for phase in too_large:
+            encoding = phase.name.startswith("encoding")
+            changes = [change for change in advice.changes if (change.key == ENCODERS) == encoding]
+            told = remedy(changes if then.get(phase.name, 0) <= memory else ())
+            told += next((f", or {other}" for name, other in _OTHERWISE.items() if phase.name.startswith(name)), "")
+            lines.append(
+                f"memory: {phase.name} needs about {size(phase.needed)}, the device has {size(memory)}; {told}, or set "
+                "train.memory_limit: none to try it all the same"
+            )
         return lines
 
     def activations(self) -> list[dict[str, Any]]:
@@ -137,7 +160,7 @@ class Plan:
             "phases": [{"name": p.name, "bytes": p.bytes, "needed": p.needed, "parts": dict(p.parts)}
                        for p in self.phases],
             "peak": {"device": 0, "phase": self.peak.name, "bytes": self.peak.bytes, "needed": self.peak.needed},
-            "host": {"offloaded": self.estimate.host(self.setup)},
+            "host": self.estimate.host(self.setup),
             "disk": {
                 "cache": None if self.disk.cache is None else self.disk.cache.total,
                 "cache_per_sample": None if self.disk.cache is None else self.disk.cache.sample,
@@ -152,6 +175,7 @@ class Plan:
             },
             "advice": None if self.advice is None else _advice_dict(self.advice),
             "notes": list(self.notes),
+            "problems": list(self.problems),
         }  # fmt: skip
 
     def to_json(self) -> str:
@@ -160,62 +184,11 @@ class Plan:
 
     def text(self) -> str:
         """The plan for people."""
-        return "\n".join([*self._model_lines(), "", *self._data_lines(), "", *self._memory_lines(), *self._end_lines()])
+        return plan_text(self)
 
-    def _model_lines(self) -> list[str]:
-        model, train = self.config.model, self.config.train
-        rows = [("component", "parameters", "in memory", "as")]
-        rows += [(c.name, _count(c.parameters), size(c.bytes), c.held_as) for c in self.components]
-        shapes = self.estimate.trained
-        numbers, state = sum(map(math.prod, shapes)), state_bytes(train.optimizer.name, shapes)
-        what = "all weights" if model.lora is None else f"rank {model.lora.r} on {len(self.estimate.adapted)} layers"
-        told = f"trained: {what}, {_count(numbers)} parameters; with gradients and the state of {train.optimizer.name}"
-        return [
-            f"{train.trainer}: {model.pretrained_model_name_or_path}",
-            *_table(rows),
-            f"{told} {size(8 * numbers + state)}",
-        ]
-
-    def _data_lines(self) -> list[str]:
-        rows: list[Sequence[str]] = [("samples", "target", "controls", "tokens", "text", "batches a step", *MODES)]
-        for shape, saved in zip(self.data.shapes, self.activations(), strict=True):
-            rows.append((
-                "?" if shape.samples is None else str(shape.samples), _size(shape.target),
-                " ".join(map(_size, shape.controls)) or "none", str(shape.tokens.image), str(shape.tokens.text),
-                "?" if shape.micro_batches is None else f"{shape.micro_batches:.3g}",
-                *(size(saved[mode]) for mode in MODES),
-            ))  # fmt: skip
-        return [
-            f"shapes, and what a micro-batch of {self.config.data.batch_size} keeps for the backward by "
-            "train.gradient_checkpointing",
-            *_table(rows),
-        ]
-
-    def _memory_lines(self) -> list[str]:
-        rows = [("phase", "tensors", "a card needs", "most of it")]
-        for phase in self.phases:
-            parts = sorted(phase.parts.items(), key=lambda item: -item[1])[:3]
-            shown = ", ".join(f"{name} {size(value)}" for name, value in parts if value)
-            rows.append((phase.name, size(phase.bytes), size(phase.needed), shown))
-        peak = self.peak
-        host = self.estimate.host(self.setup)
-        return [
-            *_table(rows),
-            f"peak: {size(peak.bytes)}, {peak.name}; a card needs about {size(peak.needed)}",
-            *([f"offloaded blocks in pinned host memory: {size(host)}"] if host else []),
-        ]
-
-    def _end_lines(self) -> list[str]:
-        train, disk = self.config.train, self.disk
-        batch = self.config.data.batch_size * train.gradient_accumulation_steps
-        epochs = f", {train.max_train_steps * batch / self.data.samples:.3g} epochs" if self.data.samples else ""
-        lines = [f"steps: {train.max_train_steps} of {batch} samples{epochs}"]
-        if disk.cache is not None:
-            whole = f"{size(disk.cache.total)}, " if disk.cache.total is not None else ""
-            lines.append(f"disk: cache {whole}{size(disk.cache.sample)} for a sample of the largest shape")
-        lines.append(f"disk: {disk.checkpoints} checkpoints of {size(disk.checkpoint)}")
-        lines += [f"note: {note}" for note in self.notes]
-        return lines + (_advice_lines(self.advice) if self.advice else [])
+    def summary(self) -> list[str]:
+        """The plan in two lines."""
+        return summary(self)
 
 
 def make_plan(
@@ -223,26 +196,31 @@ def make_plan(
     trainer_class: type[BaseTrainer],
     *,
     memory: int | None = None,
-    dataset: EditDataset | None = None,
+    datasets: Sequence[EditDataset] = (),
+    model: Path | None = None,
 ) -> Plan:
     """Plan a run from its config, the family's data and the data set's headers; loads no weights and no torch.
 
-    memory   bytes of a card: the plan then says whether the run fits it and what to change if not
-    dataset  the training set where it is open already
+    memory    bytes of a card: the plan then says whether the run fits it and what to change if not; None = the amount
+              of ``train.memory_limit`` where that is one
+    datasets  the training set, and the held-out set if there is one, where they are open already
+    model     the model's folder on this machine, for a model that the family's data does not describe
 
     Raises UserError for a hub model that the family's data does not describe, and for adapter targets that select
     nothing.
     """
     family, folder = trainer_class.family, family_data(trainer_class)
-    layouts, structure = _model(config, trainer_class, folder)
+    layouts, structure = _model(config, trainer_class, folder, model)
     lora, network = config.model.lora, layouts[family.denoiser]
     adapted = {} if lora is None else adapted_linears(network, lora.target_modules, family)
     text = section(folder, "text") or {}
-    data = read_data(config, family, text, dataset)
+    data = read_data(config, family, text, datasets[0] if datasets else None)
     described = {name: found for name in ("network", "vae") if (found := section(folder, name))}
     facts = structure["transformer"] if structure else {}
-    estimate = Estimate(config, family, layouts, described, adapted, data, facts)
-    setup = setup_of(config)
+    estimate = Estimate(config, family, layouts, described, adapted, data, facts, family.keep)
+    setup, limit = setup_of(config), config.train.memory_limit
+    if memory is None and limit not in (None, "none"):
+        memory = memory_bytes(str(limit))
     return Plan(
         config=config,
         family=family,
@@ -251,14 +229,15 @@ def make_plan(
         components=_components(estimate, setup),
         phases=tuple(estimate.phases(setup)),
         data=data,
-        disk=_disk(estimate, setup, structure, text),
+        disk=_disk(estimate, setup, structure, text, datasets),
         notes=(*data.notes, *_notes(estimate)),
+        problems=tuple(_problems(estimate, setup)),
         advice=None if memory is None else advise(estimate, setup, memory),
     )
 
 
 def _model(
-    config: Config, trainer_class: type[BaseTrainer], folder: Path
+    config: Config, trainer_class: type[BaseTrainer], folder: Path, model: Path | None
 ) -> tuple[dict[str, Layout], dict[str, Any] | None]:
     """(component → layout; the structure of network, latents and text, or None) of the config's model."""
     family, name = trainer_class.family, config.model.pretrained_model_name_or_path
@@ -266,12 +245,15 @@ def _model(
     structure: dict[str, Any] | None = known.get(name)
     layouts = known_layouts(folder, name) if family.folder else None
     local = Path(name).expanduser()
+    if layouts is None and model is not None and not local.is_dir():
+        local = model
     if local.is_dir():
         wanted = dict.fromkeys([family.denoiser, *family.drawing, *(c for s in family.stages for c in s.components)])
         layouts = {part: found for part in wanted if (found := folder_layout(local, part)) is not None}
-        if family.denoiser not in layouts:
-            raise UserError(f"{KEY}: {local / family.denoiser} holds no safetensors weights; is it a diffusers folder?")
-        own = json.loads((local / family.denoiser / "config.json").read_text(encoding="utf-8"))
+        root = local / family.denoiser
+        if family.denoiser not in layouts or not (root / "config.json").is_file():
+            raise UserError(f"{KEY}: {root} lacks config.json or safetensors weights; is it a diffusers folder?")
+        own = json.loads((root / "config.json").read_text(encoding="utf-8"))
         structure = folder_structure(next(iter(known.values())), own) if known else {"transformer": own}
     if layouts is None:
         listed = ", ".join(sorted(known)) or "none"
@@ -285,26 +267,31 @@ def _model(
 
 
 def _components(estimate: Estimate, setup: Setup) -> tuple[Component, ...]:
-    texts = {part for stage in estimate.family.stages if stage.kind == "text" for part in stage.components}
     found = []
     for name, layout in estimate.layouts.items():
-        chosen = setup.quantize if name == estimate.family.denoiser else setup.quantize_text if name in texts else None
         dtype = "fp32" if estimate.full else _DTYPES[setup.precision]
-        quantized = layout.method or chosen
+        quantized = layout.method or estimate.method(name, setup)
         held = f"{quantized}, the rest {dtype}" if quantized else dtype
         count, taken = layout.parameters, estimate.component_bytes(name, setup)
         found.append(Component(name, layout.class_name, count, taken, held, layout.source))
     return tuple(found)
 
 
-def _disk(estimate: Estimate, setup: Setup, structure: Mapping[str, Any] | None, text: Mapping[str, Any]) -> Disk:
+def _disk(
+    estimate: Estimate,
+    setup: Setup,
+    structure: Mapping[str, Any] | None,
+    text: Mapping[str, Any],
+    datasets: Sequence[EditDataset],
+) -> Disk:
     config, family, data = estimate.config, estimate.family, estimate.data
     cache = None
     if setup.use_cache and structure and "latents" in structure:
-        sets = [data.dataset] if data.dataset else []
+        sets = list(datasets) or ([data.dataset] if data.dataset else [])
         entries = config.logging.validation.held_out
-        if sets and entries and all(entry.path is not None and Path(entry.path).exists() for entry in entries):
-            sets.append(scan(config.data, family, entries=entries))
+        here = entries and all(entry.path is not None and Path(entry.path).exists() for entry in entries)
+        if sets and here and not datasets:
+            sets.append(scan(config.data, family, entries=entries, memo=memo_of(config)))
         cache = cache_size(config, family, structure, sets, data.shapes[0], estimate.base_bytes(setup), text)
     if config.model.lora is None:
         names, shapes = map(list, zip(*estimate.network.tensors(), strict=True))
@@ -328,48 +315,17 @@ def _notes(estimate: Estimate) -> list[str]:
     return notes
 
 
-def size(count: int) -> str:
-    """Bytes for people, in units of 2¹⁰."""
-    for unit, scale in (("GiB", 30), ("MiB", 20), ("KiB", 10)):
-        if count >= 1 << scale:
-            return f"{count / (1 << scale):.1f} {unit}"
-    return f"{count} B"
-
-
-def _count(number: int) -> str:
-    for unit, scale in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if number >= scale:
-            return f"{number / scale:.2f} {unit}"
-    return str(number)
-
-
-def _size(pixels: tuple[int, int]) -> str:
-    return f"{pixels[0]}x{pixels[1]}"
-
-
-def _table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Columns of equal width, two blanks apart."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return ["  ".join(cell.ljust(wide) for cell, wide in zip(row, widths, strict=True)).rstrip() for row in rows]
-
-
-def _remedy(advice: Advice) -> str:
-    changes = " and ".join(f"{change.key}: {json.dumps(change.value)}" for change in advice.changes)
-    return f"set {changes}" if advice.reached and changes else "lower data.target_size or data.batch_size"
-
-
-def _advice_lines(advice: Advice) -> list[str]:
-    have = size(advice.memory)
-    if advice.fits:
-        return [f"a card of {have} is enough"]
-    head = f"a card of {have} is not enough; the first change that fits:"
-    if not advice.reached:
-        head = f"a card of {have} is not enough, not even with all of these; smaller pictures or batches are next:"
-    lines = [head]
-    for change in advice.changes:
-        source = f" ({change.source})" if change.source else ""
-        lines.append(f"  {change.key}: {json.dumps(change.value)}  {change.price}{source}")
-    return [*lines, f"  then {size(advice.peak.needed)} are needed, {advice.peak.name}"]
+def _problems(estimate: Estimate, setup: Setup) -> list[str]:
+    """What cannot work, known before anything is loaded."""
+    config, family = estimate.config, estimate.family
+    found = refusals(config, family)
+    folder = Path(config.model.pretrained_model_name_or_path).expanduser()
+    if folder.is_dir():
+        found += stored_problems(config, family, folder)
+    blocks = len(estimate.blocks(setup))
+    if setup.offloaded > blocks and set(family.block_lists) <= estimate.network.blocks.keys():
+        found.append(f"train.offload_blocks: found {setup.offloaded}, expected 0 to {blocks}, the network's blocks")
+    return found
 
 
 def _advice_dict(advice: Advice) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib.resources.abc import Traversable
@@ -71,11 +71,15 @@ class Block:
     running: int
     inference: int
 
-    def saved(self, mode: str, again: bool) -> int:
-        """Bytes held from its forward to its backward; ``again`` says that it is recomputed as a whole."""
+    def saved(self, mode: str, again: bool, parked: bool = False) -> int:
+        """Bytes held on the device from its forward to its backward.
+
+        again   it is recomputed as a whole
+        parked  the inputs of what is recomputed wait elsewhere
+        """
         if again:
-            return self.input + (self.attention if mode == "selective" else 0)
-        return self.kept - self.ffn + self.branch if mode == "ffn" else self.kept
+            return (0 if parked else self.input) + (self.attention if mode == "selective" else 0)
+        return self.kept - self.ffn + (0 if parked else self.branch) if mode == "ffn" else self.kept
 
 
 def recomputed(mode: str, index: int) -> bool:
@@ -99,13 +103,13 @@ class Network:
     ) -> None:
         self.layout, self.family, self.how = layout, family, how
         self.lists = [name for name in family.block_lists if name in layout.blocks]
-        self.description = description if description and set(self.lists) <= set(description["lists"]) else None
+        self.description = description if description and _describes(description, layout, self.lists) else None
         self.widths = _widths(self.description, layout)
         self.adapted: dict[tuple[str, int], frozenset[str]] = {}
         self.before = False  # an adapter lies outside the blocks, perhaps in front of them
         for name in adapted:
             found = re.fullmatch(r"(\D+?)\.(\d+)\.(.+)", name)
-            if found and found[1] in self.lists:
+            if found and found[1] in self.lists and f"{found[3]}.weight" in layout.blocks[found[1]][1]:
                 key = (found[1], int(found[2]))
                 self.adapted[key] = self.adapted.get(key, frozenset()) | {found[3]}
             else:
@@ -133,20 +137,34 @@ class Network:
         width = self._width(self.description["after"]) if self.description else self._hidden()
         return width * tokens.of("all") * self.how.dtype_bytes
 
-    def saved(self, mode: str, tokens: Tokens, offloaded: Container[int] = ()) -> int:
-        """Bytes held at the end of the forward; ``offloaded`` blocks, by index, are recomputed in every mode."""
-        blocks = enumerate(self.blocks(tokens))
-        held = sum(block.saved(mode, recomputed(mode, i) or i in offloaded) for i, block in blocks)
+    def saved(self, mode: str, tokens: Tokens, offloaded: Container[int] = (), parked: bool = False) -> int:
+        """Bytes held on the device at the end of the forward.
+
+        ``offloaded`` blocks, by index, are recomputed in every mode; with ``parked`` the inputs of what the mode
+        recomputes wait in host memory.
+        """
+        held = sum(block.saved(mode, again, away) for block, again, away in self._held(mode, tokens, offloaded, parked))
         return held + self.after(tokens)
 
-    def peak(self, mode: str, tokens: Tokens, offloaded: Container[int] = ()) -> int:
+    def peak(self, mode: str, tokens: Tokens, offloaded: Container[int] = (), parked: bool = False) -> int:
         """The most activations take at one moment of forward and backward, temporaries included."""
         held = most = 0
-        for index, block in enumerate(self.blocks(tokens)):
-            again = recomputed(mode, index) or index in offloaded
-            most = max(most, held + (block.input if again else 0) + block.running)
-            held += block.saved(mode, again)
+        for block, again, away in self._held(mode, tokens, offloaded, parked):
+            # One input more is on its way to host memory while this block computes.
+            most = max(most, held + (block.input if again else 0) + (block.input if away else 0) + block.running)
+            held += block.saved(mode, again, away)
         return max(most, held + self.after(tokens))
+
+    def _held(
+        self, mode: str, tokens: Tokens, offloaded: Container[int], parked: bool
+    ) -> Iterator[tuple[Block, bool, bool]]:
+        """Every block, whether it is recomputed as a whole, and whether what it is called with leaves the device."""
+        moves = self.how.full or self.before  # only what carries gradients does
+        for index, block in enumerate(self.blocks(tokens)):
+            chosen = recomputed(mode, index)
+            away = parked and moves and (chosen or (mode == "ffn" and index not in offloaded))
+            yield block, chosen or index in offloaded, away
+            moves = moves or block.kept > 0
 
     def inference(self, tokens: Tokens) -> int:
         """The most activations take without gradients."""
@@ -263,6 +281,16 @@ def section(folder: Traversable, name: str) -> dict[str, Any] | None:
     """A hand-written section of a family's ``layout.json``, or None."""
     path = folder / FILE
     return json.loads(path.read_text(encoding="utf-8")).get(name) if path.is_file() else None
+
+
+def _describes(description: Mapping[str, Any], layout: Layout, lists: Sequence[str]) -> bool:
+    """Whether the layout has what the description tells of its blocks."""
+    if not set(lists) <= set(description["lists"]):
+        return False
+    named = [(name, f"{step['linear']}.weight") for name in lists for step in description["lists"][name]["steps"]
+             if "linear" in step]  # fmt: skip
+    named += [(block, tensor) for places in description["widths"].values() for block, tensor, _ in places]
+    return all(block in layout.blocks and tensor in layout.blocks[block][1] for block, tensor in named)
 
 
 def _widths(description: Mapping[str, Any] | None, layout: Layout) -> dict[str, int]:

@@ -24,6 +24,7 @@ from qflux.io.digests import canonical_json
 from qflux.models.structures import entry_bytes
 from qflux.tools.plan_activations import Tokens
 from qflux.tools.plan_memory import SMALL, Shape, state_bytes
+from qflux.trainer.early import memo_of
 from qflux.types import EncodeStage, Family, Resize, SampleSpec, ShapeKey, Size, SizePlan
 
 UNREAD = "data set not read"
@@ -104,7 +105,7 @@ def _scan(config: Config, family: Family) -> tuple[EditDataset | None, list[str]
     away = [str(e.repo_id or e.path) for e in config.data.dataset_path if e.path is None or not Path(e.path).exists()]
     if away:
         return None, [f"{UNREAD}: {', '.join(away)} is not on this machine; sizes are the config's"]
-    dataset = scan(config.data, family)
+    dataset = scan(config.data, family, memo=memo_of(config))
     if not any(dataset.specs):
         return None, [f"{UNREAD}: {len(dataset.problems)} problems, run --check; sizes are the config's"]
     notes = [f"{len(dataset.problems)} problems in the data set, run --check"] if dataset.problems else []

@@ -6,19 +6,18 @@ tell what to expect, not more.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from qflux.errors import UserError
+from qflux.models.memory_rules import text_components
 from qflux.tools.plan_activations import MODES
 from qflux.tools.plan_phases import RING, Estimate, Phase, Setup, worst
 
 LINK = 25e9  # bytes a second from pinned host memory to a card, about PCIe 4.0 x16
 MOST_DEVICES = 8
+ENCODERS = "model.quantize_text_encoders"
 CARDS = "cards"  # the key of the last rung, which no config has
-_UNITS = {"": 1 << 30, "G": 1 << 30, "GB": 1 << 30, "GIB": 1 << 30, "M": 1 << 20, "MB": 1 << 20, "MIB": 1 << 20}
 # Mode → (factor on the time of a step against none, where it is from).
 CHECKPOINTING_PRICE = {
     "none": (1.0, ""),
@@ -31,6 +30,8 @@ QUANTIZE_PRICE = {
     "quanto-fp8": (1.2, 2.6, "weights are unpacked for each product; published runs with 8-bit bases: 1.2 to 2.6"),
     "bnb-nf4": (1.2, 1.5, "weights are unpacked for each product; published run at 832x576 on an A100: 1.24"),
 }
+PARKING_PRICE = (1.1, 1.9, "published runs on an H100, against recomputing every block")
+_OFFLOADED = ("train.offload_blocks", "train.offload_activations")
 
 
 @dataclass(frozen=True)
@@ -62,60 +63,60 @@ class Advice:
     setup: Setup
 
 
-def parse_memory(text: str) -> int:
-    """Bytes of ``24GB``, ``23.5 GiB`` or ``24``: GB is 2³⁰ bytes, as cards are sold. ``UserError`` otherwise."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
-    unit = _UNITS.get(found[2].upper()) if found else None
-    if not found or unit is None or not float(found[1]):
-        raise UserError(f"--memory: found {text!r}, expected the memory of a card, for example 24GB")
-    return round(float(found[1]) * unit)
+def fits(estimate: Estimate, setup: Setup, memory: int, but: Collection[str] = ()) -> bool:
+    """Whether every phase fits, those named in ``but`` apart."""
+    return all(phase.needed <= memory for phase in estimate.phases(setup) if phase.name not in but)
 
 
-def fits(estimate: Estimate, setup: Setup, memory: int) -> bool:
-    """Whether every phase fits."""
-    return all(phase.needed <= memory for phase in estimate.phases(setup))
+def advise(estimate: Estimate, setup: Setup, memory: int, *, but: Collection[str] = (), split: bool = True) -> Advice:
+    """Climb the ladder from ``setup`` until everything fits; then leave out what turned out to be needless.
 
-
-def advise(estimate: Estimate, setup: Setup, memory: int) -> Advice:
-    """Climb the ladder from ``setup`` until everything fits; then leave out what turned out to be needless."""
+    but    names of phases that need not fit
+    split  whether several cards are a rung
+    """
     start = setup
-    if fits(estimate, setup, memory):
-        return Advice(memory, True, True, (), worst(estimate.phases(setup)), setup)
+    if fits(estimate, setup, memory, but):
+        return Advice(memory, True, True, (), _peak(estimate, setup, but), setup)
+    others = {*but, *(f"encoding: {stage.name}" for stage in estimate.family.stages)}
     setup, changes = _encoders(estimate, setup, memory)
-    for rung in (_cache, _checkpointing, _optimizer, _eight_bits, _four_bits, _offload, _split):
-        if _training_fits(estimate, setup, memory):
+    rungs = (_cache, _checkpointing, _optimizer, _eight_bits, _four_bits, _offload, _park, *([_split] if split else []))
+    for rung in rungs:
+        if fits(estimate, setup, memory, others):
             break
         best = None
         for candidate, change in rung(estimate, setup):
             best = (candidate, change)
-            if _training_fits(estimate, candidate, memory):
+            if fits(estimate, candidate, memory, others):
                 break
         if best is not None:
-            replaced = {best[1].key, "train.offload_blocks"} if best[1].key == CARDS else {best[1].key}
+            replaced = {best[1].key, *(_OFFLOADED if best[1].key == CARDS else ())}
             setup, changes = best[0], [*(c for c in changes if c.key not in replaced), best[1]]
-    if fits(estimate, setup, memory):
-        setup, changes = _pruned(estimate, start, setup, changes, memory)
-    return Advice(memory, False, fits(estimate, setup, memory), tuple(changes), worst(estimate.phases(setup)), setup)
+    reached = fits(estimate, setup, memory, but)
+    if reached:
+        setup, changes = _pruned(estimate, start, setup, changes, memory, but)
+    return Advice(memory, False, reached, tuple(changes), _peak(estimate, setup, but), setup)
 
 
-def _encoding(phase: Phase) -> bool:
-    return phase.name.startswith("encoding")
-
-
-def _training_fits(estimate: Estimate, setup: Setup, memory: int) -> bool:
-    return all(phase.needed <= memory for phase in estimate.phases(setup) if not _encoding(phase))
+def _peak(estimate: Estimate, setup: Setup, but: Collection[str]) -> Phase:
+    return worst([phase for phase in estimate.phases(setup) if phase.name not in but])
 
 
 def _encoders(estimate: Estimate, setup: Setup, memory: int) -> tuple[Setup, list[Change]]:
     """Quantize the text encoders as far as encoding needs it."""
-    for method in (None, "quanto-fp8", "bnb-nf4"):
-        candidate = setup if method is None else replace(setup, quantize_text=method)
-        if all(phase.needed <= memory for phase in estimate.phases(candidate) if _encoding(phase)):
+    family, layouts = estimate.family, estimate.layouts
+    phases = {f"encoding: {stage.name}" for stage in family.stages if stage.kind == "text"}
+    plain = [name for name in text_components(family) if name in layouts and not layouts[name].method]
+    now = {estimate.method(name, setup) for name in plain}
+    candidate = setup
+    for method in (None, "quanto-fp8", "bnb-nf4") if plain else ():
+        same = method is None or now == {method}
+        candidate = setup if same else replace(setup, quantize_text=method)
+        if all(phase.needed <= memory for phase in estimate.phases(candidate) if phase.name in phases):
             break
     if candidate == setup:
         return setup, []
     price = "encoding takes longer, once; training does not"
-    return candidate, [Change("model.quantize_text_encoders", candidate.quantize_text, price, None)]
+    return candidate, [Change(ENCODERS, candidate.quantize_text, price, None)]
 
 
 Rungs = Iterator[tuple[Setup, Change]]
@@ -174,15 +175,22 @@ def _offload(estimate: Estimate, setup: Setup) -> Rungs:
         yield changed, Change("train.offload_blocks", count, price, None, "bytes of the blocks, forward and backward")
 
 
+def _park(estimate: Estimate, setup: Setup) -> Rungs:
+    if not setup.parked and setup.checkpointing != "none":
+        least, most, source = PARKING_PRICE
+        price = f"a step takes about {least:g} to {most:g} times as long"
+        yield replace(setup, parked=True), Change("train.offload_activations", True, price, (least, most), source)
+
+
 def _split(estimate: Estimate, setup: Setup) -> Rungs:
     for devices in range(2, MOST_DEVICES + 1):
-        changed = replace(setup, devices=devices, offloaded=0)
+        changed = replace(setup, devices=devices, offloaded=0, parked=False)
         price = f"{devices} such cards; one computes at a time"
         yield changed, Change(CARDS, devices, price, (1.0, 1.1), "the hidden state crosses once a card")
 
 
 def _pruned(
-    estimate: Estimate, start: Setup, setup: Setup, changes: Sequence[Change], memory: int
+    estimate: Estimate, start: Setup, setup: Setup, changes: Sequence[Change], memory: int, but: Collection[str]
 ) -> tuple[Setup, list[Change]]:
     """Without changes that cost time and are not needed, the dearest tried first."""
     fields = {
@@ -190,8 +198,9 @@ def _pruned(
         "train.gradient_checkpointing": "checkpointing",
         "train.optimizer.name": "optimizer",
         "model.quantize": "quantize",
-        "model.quantize_text_encoders": "quantize_text",
+        ENCODERS: "quantize_text",
         "train.offload_blocks": "offloaded",
+        "train.offload_activations": "parked",
     }
     kept = list(changes)
     for change in sorted(changes, key=_dearness, reverse=True):
@@ -199,7 +208,7 @@ def _pruned(
         if name is None or _dearness(change) <= 1:
             continue
         without = replace(setup, **{name: getattr(start, name)})
-        if fits(estimate, without, memory):
+        if fits(estimate, without, memory, but):
             setup, kept = without, [other for other in kept if other is not change]
     return setup, kept
 

@@ -29,6 +29,8 @@ _LISTED = re.compile(r"(\D+?)\.(\d+)\.(.+)")
 
 # Bytes of optimizer state a trained number, as the packages keep it (prodigy's start only where it is not all zero).
 _STATE = {"adamw": 8.0, "adamw8bit": 2 + 8 / 256, "prodigy": 16.0, "adafactor": 0.0, "adamw_schedule_free": 8.0}
+# Layers by class that are never quantized, and lie in fp32 where the rest is fp16, as transformers loads them.
+IN_FP32: Mapping[str, Sequence[str]] = {"T5EncoderModel": ("wo",), "UMT5EncoderModel": ("wo",)}
 SMALL = 4096  # tensors below this many numbers keep a 32-bit state in the 8-bit optimizer
 
 
@@ -190,25 +192,40 @@ def weight_bytes(
     dtype_bytes: int,
     lists: Sequence[str] | None = None,
     keep: Sequence[str] = (),
+    in_fp32: Sequence[str] = (),
 ) -> int:
     """Bytes of a component in memory: linear layers inside block lists by ``method``, all else in the base's dtype.
 
-    ``lists`` are the block lists whose linear layers are quantized, None = all; ``keep`` names layers that are not, as
-    ``qflux.models.memory_rules.matches`` reads it. What the disk has quantized stays as it is.
+    lists    block lists whose linear layers are quantized, None = all
+    keep     layers that are not, as ``qflux.models.memory_rules.matches`` reads it
+    in_fp32  layers inside the lists that are in fp32 whatever the base's dtype is
+
+    What the disk has quantized stays as it is.
     """
     total = sum(layout.packed.get(name, math.prod(shape) * dtype_bytes) for name, shape in layout.rest.items())
     for prefix, (count, _) in layout.blocks.items():
         inside = method if lists is None or prefix in lists else None
-        total += count * block_bytes(layout, prefix, inside, dtype_bytes, keep)
+        total += count * block_bytes(layout, prefix, inside, dtype_bytes, keep, in_fp32)
     return total
 
 
-def block_bytes(layout: Layout, prefix: str, method: str | None, dtype_bytes: int, keep: Sequence[str] = ()) -> int:
-    """Bytes of one block of the list ``prefix``."""
+def block_bytes(
+    layout: Layout,
+    prefix: str,
+    method: str | None,
+    dtype_bytes: int,
+    keep: Sequence[str] = (),
+    in_fp32: Sequence[str] = (),
+) -> int:
+    """Bytes of one block of the list ``prefix``; for the rest see ``weight_bytes``."""
     total = 0
     for name, shape in layout.blocks[prefix][1].items():
         full = f"{prefix}.0.{name}"
-        chosen = is_linear(name, shape) and not matches(full.removesuffix(".weight"), keep)
+        layer = full.rpartition(".")[0]
+        if matches(layer, in_fp32):
+            total += 4 * math.prod(shape)
+            continue
+        chosen = is_linear(name, shape) and not matches(layer, keep)
         total += layout.packed.get(full) or linear_bytes(shape, method if chosen else None, dtype_bytes)
     return total
 

@@ -9,14 +9,15 @@ from functools import cached_property
 from typing import Any
 
 from qflux.config import Config
-from qflux.models.memory_rules import spread
+from qflux.models.memory_rules import method_of, spread, text_components
 from qflux.tools.plan_activations import Computing, Network, Tokens
 from qflux.tools.plan_data import Data
-from qflux.tools.plan_memory import Layout, Shape, adapter_shapes, block_bytes, state_bytes, weight_bytes
+from qflux.tools.plan_memory import IN_FP32, Layout, Shape, adapter_shapes, block_bytes, state_bytes, weight_bytes
 from qflux.types import EncodeStage, Family
 
 DTYPE_BYTES = {"no": 4, "bf16": 2, "fp16": 2}
-HELD_OUT_LEVELS = 5  # noise levels that one forward of the held-out loss measures
+HELD_OUT_LEVELS = 5  # noise levels of the held-out loss, as many in one forward as a micro-batch has samples
+VALIDATING = ("held-out loss", "drawing samples")  # phases that a run can do without
 RING = 2  # slots on the device that offloaded blocks visit
 CONTEXT = 600 << 20  # bytes that the driver and its libraries take before a tensor is there, about
 LOST = 0.03  # share of the peak that the allocator cannot use, about
@@ -24,7 +25,13 @@ LOST = 0.03  # share of the peak that the allocator cannot use, about
 
 @dataclass(frozen=True)
 class Setup:
-    """What of a config decides memory. ``quantize`` and ``quantize_text`` are methods or None, ``offloaded`` blocks."""
+    """What of a config decides memory.
+
+    quantize       how the denoiser is quantized, or None
+    quantize_text  how all text encoders are, None = each as the config says
+    offloaded      blocks that wait in host memory
+    parked         whether the inputs of what is recomputed wait there too
+    """
 
     precision: str
     checkpointing: str
@@ -33,26 +40,21 @@ class Setup:
     quantize: str | None = None
     quantize_text: str | None = None
     offloaded: int = 0
+    parked: bool = False
     devices: int = 1
-
-
-def method(value: Any) -> str | None:
-    """The quantization that a value of ``model.quantize`` names: false = none, true = quanto-fp8."""
-    return "quanto-fp8" if value is True else value or None
 
 
 def setup_of(config: Config) -> Setup:
     """The setup that a config asks for."""
-    model: Any = config.model
-    train: Any = config.train
+    train = config.train
     return Setup(
         precision=train.mixed_precision,
         checkpointing=train.gradient_checkpointing,
         optimizer=train.optimizer.name,
         use_cache=config.cache.use_cache,
-        quantize=method(model.quantize),
-        quantize_text=method(getattr(model, "quantize_text_encoders", None)),
-        offloaded=getattr(train, "offload_blocks", 0),
+        quantize=config.model.quantize or None,
+        offloaded=train.offload_blocks,
+        parked=train.offload_activations,
     )
 
 
@@ -128,63 +130,72 @@ class Estimate:
             dtype_bytes=DTYPE_BYTES[setup.precision],
             fp16=setup.precision == "fp16",
             rank=lora.r if lora else 0,
-            method=self.network.method or setup.quantize,
+            method=self.network.method or self.method(self.family.denoiser, setup),
             full=self.full,
             config=self.structure,
         )
         return Network(self.description.get("network"), self.network, self.family, self.adapted, how)
+
+    def method(self, name: str, setup: Setup) -> str | None:
+        """How a component is quantized as it loads; what is so on the disk is left alone."""
+        if self.layouts[name].method:
+            return None
+        if name == self.family.denoiser:
+            return setup.quantize
+        if name not in text_components(self.family):
+            return None
+        return setup.quantize_text or method_of(self.config.model, self.family, name)
 
     def component_bytes(self, name: str, setup: Setup) -> int:
         """Bytes of one loaded component on a single device without offloading."""
         layout = self.layouts.get(name)
         if layout is None:
             return 0
-        b = self.base_bytes(setup)
+        b, method = self.base_bytes(setup), self.method(name, setup)
         if name == self.family.denoiser:
-            return weight_bytes(layout, self._method(setup), b, self.family.block_lists, self.keep)
-        texts = {part for stage in self.family.stages if stage.kind == "text" for part in stage.components}
-        chosen = setup.quantize_text if name in texts and layout.method is None else None
-        return weight_bytes(layout, chosen, b)
-
-    def _method(self, setup: Setup) -> str | None:
-        """How the denoiser is quantized as it loads; what is so on the disk is left alone."""
-        return None if self.network.method else setup.quantize
+            return weight_bytes(layout, method, b, self.family.block_lists, self.keep)
+        kept = IN_FP32.get(layout.class_name, ())
+        return weight_bytes(layout, method, b, None, kept, kept if setup.precision == "fp16" and b == 2 else ())
 
     def blocks(self, setup: Setup) -> list[int]:
         """Bytes of each block of the denoiser, in the order of its lists."""
-        b, layout = self.base_bytes(setup), self.network
+        b, layout, method = self.base_bytes(setup), self.network, self.method(self.family.denoiser, setup)
         found: list[int] = []
         for name in self.family.block_lists:
             if name in layout.blocks:
-                each = block_bytes(layout, name, self._method(setup), b, self.keep)
-                found += [each] * layout.blocks[name][0]
+                found += [block_bytes(layout, name, method, b, self.keep)] * layout.blocks[name][0]
         return found
 
     def resident(self, setup: Setup) -> int:
         """Bytes of the denoiser on the fullest device: without offloaded blocks, spread over the devices."""
         blocks = self.blocks(setup)
         rest = self.component_bytes(self.family.denoiser, setup) - sum(blocks)
-        streamed = [blocks[index] for index in spread(len(blocks), setup.offloaded)]
+        streamed = [blocks[index] for index in _offloaded(blocks, setup)]
         slots = sum(max(streamed[first::RING]) for first in range(min(RING, len(streamed))))
         kept = sum(blocks) - sum(streamed)
         return rest + -(-kept // setup.devices) + slots + (max(blocks, default=0) if setup.devices > 1 else 0)
 
-    def host(self, setup: Setup) -> int:
-        """Bytes of offloaded blocks in pinned host memory."""
+    def host(self, setup: Setup) -> dict[str, int]:
+        """Pinned host memory in bytes: of offloaded blocks, and of activations that wait there."""
         blocks = self.blocks(setup)
-        return sum(blocks[index] for index in spread(len(blocks), setup.offloaded))
+        offloaded = _offloaded(blocks, setup)
+        network, tokens = self.computing(setup), self._tokens()
+        here = [network.saved(setup.checkpointing, tokens, offloaded, parked) for parked in (False, setup.parked)]
+        return {"offloaded": sum(blocks[index] for index in offloaded), "activations": here[0] - here[1]}
 
     def phases(self, setup: Setup) -> list[Phase]:
-        """Every phase of the run, in order."""
-        found = [self._encoding(stage, setup) for stage in self.family.stages]
+        """Every phase of the run, in order; encoding is none of it where the cache is made elsewhere."""
+        cache = self.config.cache
+        elsewhere = setup.use_cache and cache.on_missing == "refuse"
+        found = [] if elsewhere else [self._encoding(stage, setup) for stage in self.family.stages]
         held = self._held(setup)
         found.append(Phase("training step", held | self._training(setup)))
         settings = self.config.logging.validation
         if settings.steps and settings.held_out:
-            tokens = self._tokens(HELD_OUT_LEVELS)
-            found.append(Phase("held-out loss", held | {"activations": self._inference(tokens, setup)}))
+            tokens = self._tokens(min(HELD_OUT_LEVELS, self.config.data.batch_size))
+            found.append(Phase(VALIDATING[0], held | {"activations": self._inference(tokens, setup)}))
         if settings.steps and settings.samples:
-            found.append(Phase("drawing samples", held | self._drawing(setup)))
+            found.append(Phase(VALIDATING[1], held | self._drawing(setup)))
         found.append(Phase("saving a checkpoint", held | {"copies of what is trained": self._copies(setup)}))
         return found
 
@@ -240,10 +251,10 @@ class Estimate:
     def _training(self, setup: Setup) -> dict[str, int]:
         numbers, network = sum(map(math.prod, self.trained)), self.computing(setup)
         tokens, mode = self._tokens(), setup.checkpointing
-        offloaded = frozenset(spread(len(self.blocks(setup)), setup.offloaded))
-        peak = network.peak(mode, tokens, offloaded)
+        offloaded = frozenset(_offloaded(self.blocks(setup), setup))
+        peak = network.peak(mode, tokens, offloaded, setup.parked)
         if setup.devices > 1:
-            saved = network.saved(mode, tokens, offloaded)
+            saved = network.saved(mode, tokens, offloaded, setup.parked)
             peak = peak - saved + -(-saved // setup.devices)
         parts = {"gradients": 4 * numbers // setup.devices, "activations": peak}
         if self.full and DTYPE_BYTES[setup.precision] < 4:
@@ -266,6 +277,11 @@ class Estimate:
     def _copies(self, setup: Setup) -> int:
         twice = self.config.train.ema is not None or setup.optimizer == "adamw_schedule_free"
         return 4 * sum(map(math.prod, self.trained)) * (2 if twice else 1) // setup.devices
+
+
+def _offloaded(blocks: Sequence[int], setup: Setup) -> list[int]:
+    """Indices of the blocks that wait in host memory."""
+    return spread(len(blocks), min(setup.offloaded, len(blocks)))
 
 
 def worst(phases: Sequence[Phase]) -> Phase:

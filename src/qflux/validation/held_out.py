@@ -60,14 +60,17 @@ class HeldOut:
         return rows
 
     def _sample(self, model: Any, index: int) -> Tensor:
-        """``[S]`` loss of one pair at each noise level, all levels in one forward."""
-        trainer, levels = self.trainer, len(SIGMAS)
-        sample = self.read(0, index)
-        batch = to_device(collate([sample] * levels, [(0, index)] * levels), trainer.device)
-        draw = generator(trainer.config.logging.validation.seed, Purpose.NOISE, 0, index)
-        noise = torch.randn(batch.target.shape[1:], generator=draw).to(batch.target.device)
-        sigma = shift_sigmas(torch.tensor(SIGMAS), self.shift(batch.sizes.target.size)).to(batch.target.device)
-        noised = add_noise(batch.target, noise.expand(batch.target.shape), sigma)
-        prediction = trainer.predict(model, noised, batch)
-        train = trainer.config.train
-        return flow_matching_loss(prediction, noised, batch.edit_mask, train.loss, "none")
+        """``[S]`` loss of one pair at each noise level, as many in one forward as a micro-batch has samples."""
+        trainer, sample = self.trainer, self.read(0, index)
+        losses: list[Tensor] = []
+        settings = trainer.config
+        draw = generator(settings.logging.validation.seed, Purpose.NOISE, 0, index)
+        for levels in torch.tensor(SIGMAS).split(settings.data.batch_size):
+            batch = to_device(collate([sample] * len(levels), [(0, index)] * len(levels)), trainer.device)
+            if not losses:
+                noise = torch.randn(batch.target.shape[1:], generator=draw).to(trainer.device)
+            sigma = shift_sigmas(levels, self.shift(batch.sizes.target.size)).to(trainer.device)
+            noised = add_noise(batch.target, noise.expand(batch.target.shape), sigma)
+            prediction = trainer.predict(model, noised, batch)
+            losses.append(flow_matching_loss(prediction, noised, batch.edit_mask, settings.train.loss, "none"))
+        return torch.cat(losses)
