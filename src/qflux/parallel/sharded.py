@@ -76,8 +76,11 @@ class _Shard:
         sizes = {"shape": held.shape, "stride": held.stride()}
         return DTensor.from_local(rows.detach(), held.device_mesh, held.placements, **sizes).full_tensor()
 
-    def rows(self, whole: Tensor) -> Tensor:
+    def rows(self, whole: Tensor, name: str = "a parameter's state") -> Tensor:
         """This process's rows of a whole tensor, in memory of their own."""
+        if whole.shape != self.held.shape:
+            found, wanted = list(whole.shape), list(self.held.shape)
+            raise UserError(f"the checkpoint is of another model: {name} is {found}, expected {wanted}")
         mesh = self.held.device_mesh
         parts = whole.chunk(mesh.size())
         rank = mesh.get_local_rank()
@@ -105,13 +108,9 @@ class ShardedPlacement(Placement):
     def prepare(
         self, model: nn.Module, make_optimizer: MakeOptimizer
     ) -> tuple[nn.Module, dict[str, nn.Parameter], torch.optim.Optimizer]:
-        """See Placement. ``model`` is changed in place; it may lie in mapped files, and in full training in any dtype.
-
-        Blocks of which parts are recomputed have to be prepared for that before.
-        """
+        """See Placement. ``model`` is changed in place; it may lie in mapped files; for full training in any dtype."""
         self._model = self.placed(model)
         params = trainable(model)
-        self._used = None
         if self._full:
             self._shards = {name: _Shard.of(param) for name, param in params.items()}
             params = {name: shard.own for name, shard in self._shards.items()}
@@ -203,8 +202,7 @@ class ShardedPlacement(Placement):
     def fill(self, params: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
         """See Placement. Raises UserError for a value of another shape."""
         if self._full:
-            _refuse_shapes(self._shards, values)
-            values = {name: self._shards[name].rows(value) for name, value in values.items()}
+            values = {name: self._shards[name].rows(value, name) for name, value in values.items()}
         super().fill(params, values)
 
     def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -236,13 +234,6 @@ class ShardedPlacement(Placement):
             for index in sorted(state["state"])
         }
         return {**state, "state": slots}
-
-
-def _refuse_shapes(shards: Mapping[str, _Shard], values: Mapping[str, Tensor]) -> None:
-    odd = [name for name, value in values.items() if value.shape != shards[name].held.shape]
-    if odd:
-        found, wanted = list(values[odd[0]].shape), list(shards[odd[0]].held.shape)
-        raise UserError(f"the checkpoint is of another model: {odd[0]} is {found}, expected {wanted}")
 
 
 def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:

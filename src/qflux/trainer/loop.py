@@ -255,7 +255,7 @@ def _train(run: Run) -> None:
     group.phase, group.step = "training", state.step
     workers = 0 if run.reader.cache is None else config.data.num_workers
     steps = islice(run.order.steps(state.step), max(0, total - state.step))
-    if every:
+    if every and (group.processes > 1 or not run.stop.asked):  # several must not differ in what they begin
         if state.step == 0:
             run.validate()
         elif state.step % every == 0 or state.step == total:
