@@ -233,6 +233,26 @@ class Project:
         )
 
 
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Data:
+    """Data sets that tests read and never write."""
+    return write_data(tmp_path_factory.mktemp("tiny_data"))
+
+
+@pytest.fixture(scope="session")
+def shared_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One cache for all tests that do not look at caching itself."""
+    return tmp_path_factory.mktemp("tiny_cache")
+
+
+@pytest.fixture
+def project(
+    tmp_path: Path, tiny_model: Path, tiny_data: Data, shared_cache: Path, capfd: pytest.CaptureFixture[str]
+) -> Project:
+    """A config in an empty folder, and runs of it."""
+    return Project(tmp_path, tiny_model, tiny_data, shared_cache, capfd)
+
+
 def own_memory(pipe: Any) -> Any:
     """The pipeline with its weights out of the mapped files: unaligned there, kernels of the CPU round otherwise."""
     for part in pipe.components.values():

@@ -190,7 +190,8 @@ def tell(error: QfluxError) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run and turn expected failures into one line and an exit code."""
-    die_with_parent()
+    if die_with_parent():  # torch's C++ warnings are for its developers, and each process would print them
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     args = parse(argv)
     stop = StopSignal(eager=True)  # until there is something to save
     try:

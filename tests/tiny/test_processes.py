@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from tiny_project import ROOT, WEIGHTS, Outcome, Project, checkpoint, column, finish, lines_of, record
+from tiny_project import ROOT, WEIGHTS, Outcome, Project, checkpoint, column, finish, record
 
 from qflux.io.tensors import load_tensors
 

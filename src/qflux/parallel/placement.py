@@ -15,7 +15,6 @@ DeepSpeed ZeRO-2, -3  its engine, see ``qflux.parallel.zero``
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -98,6 +97,9 @@ def environment_problems(environment: Mapping[str, str], config: Config, kind: s
             problems.append(f"{name}: found {environment[name]}, which qflux does not follow; use accelerate_configs/")
     if kind == "deepspeed" and _on(environment, "ACCELERATE_USE_FSDP"):
         problems.append("ACCELERATE_USE_FSDP and ACCELERATE_USE_DEEPSPEED are both on; use one of them")
+    for name in ("FSDP_CPU_RAM_EFFICIENT_LOADING", "FSDP_OFFLOAD_PARAMS", "FSDP_ACTIVATION_CHECKPOINTING"):
+        if kind == "fsdp" and _on(environment, name):
+            problems.append(f"{name}: found on, which qflux does not follow; use accelerate_configs/fsdp2.yaml")
     if kind == "fsdp" and environment.get("FSDP_VERSION", "2") != "2":
         problems.append(
             f"FSDP_VERSION: found {environment['FSDP_VERSION']}, expected 2; use accelerate_configs/fsdp2.yaml"
@@ -156,14 +158,12 @@ class Placement:
     def _wrap(self, model: nn.Module) -> nn.Module:
         if self.processes == 1:
             return model
-        # A text stream may end before the last block does: some parameters then have no gradient.
-        warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
         return nn.parallel.DistributedDataParallel(
             model,
             device_ids=[self.device] if self.device.type == "cuda" else None,
-            broadcast_buffers=False,
+            forward_sync_buffers=False,
             init_sync=False,  # every process has loaded or made the same weights
-            find_unused_parameters=True,
+            find_unused_parameters=True,  # a text stream may end before the last block does: some have no gradient
             gradient_as_bucket_view=True,
         )
 

@@ -140,9 +140,7 @@ class ShardedPlacement(Placement):
 
     @contextmanager
     def sync_only_at(self, last: bool) -> Iterator[None]:
-        """See Placement."""
-        if self._full:
-            self._model.set_requires_gradient_sync(last)  # type: ignore[union-attr, operator]
+        """See Placement; in full training gradients are cut in every micro-batch: whole ones would not fit."""
         yield
 
     def clip(self, parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:

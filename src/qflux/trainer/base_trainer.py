@@ -94,23 +94,25 @@ class BaseTrainer(ABC):
     def load_network(self, cls: type, component: str, **options: Any) -> Any:
         """A network of the model's folder as ``cls``, in ``self.dtype``, quantized as the config asks; frozen.
 
-        Where blocks are offloaded the denoiser stays in host memory, everything else goes to ``self.device`` tensor by
-        tensor. ``options`` go to a transformers class's ``from_pretrained``.
+        Everything goes to ``self.device`` tensor by tensor, but for the denoiser where its blocks are offloaded (it stays
+        in host memory) or spread over processes (it stays in the mapped files). ``options`` go to a transformers class's ``from_pretrained``.
         """
         from qflux.models.memory_rules import method_of
         from qflux.models.streaming import load_streaming
 
         denoiser = component == self.family.denoiser
-        waiting = denoiser and self.config.train.offload_blocks > 0
+        in_shards = denoiser and self.group.lockstep
+        waiting = in_shards or (denoiser and self.config.train.offload_blocks > 0)
         return load_streaming(
             cls,
             self.folder,
             component,
-            self.dtype,
+            None if in_shards and self.config.model.lora is None else self.dtype,
             "cpu" if waiting else self.device,
             method_of(self.config.model, self.family, component),
             self.family.keep if denoiser else (),
             self.family.block_lists if denoiser else (),
+            mapped=in_shards,
             **options,
         )
 
@@ -155,7 +157,8 @@ class BaseTrainer(ABC):
         # Adapters work beside a base of one dtype; full training keeps fp32 weights and computes in the lower dtype.
         lower = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(train.mixed_precision)
         full = self.config.model.lora is None and lower is not None
-        with torch.autocast(noised.x_t.device.type, dtype=lower, enabled=full):
+        keep = not self.group.lockstep  # kept casts of weights in shards would be the whole network on each device
+        with torch.autocast(noised.x_t.device.type, dtype=lower, enabled=full, cache_enabled=keep):
             prediction = self.predict(model, noised, batch)
         weighting = train.sigma.weighting
         return flow_matching_loss(prediction, noised, batch.edit_mask, train.loss, weighting)

@@ -186,7 +186,11 @@ def _fit(trainer: BaseTrainer, opened: Opened, stop: StopSignal) -> None:
         code, reason = DONE, "done"
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         if not _out_of_memory(error):
-            raise
+            found = opened.place.group.explained()  # a collective breaks when the process at its other end is gone
+            if found is None:
+                raise
+            code, reason = found.exit_code, str(found)
+            raise found from error
         code, reason = RunStopped.exit_code, f"out of memory: {error}".splitlines()[0]
         raise RunStopped(f"{reason}; {OUT_OF_MEMORY}") from error
     except QfluxError as error:

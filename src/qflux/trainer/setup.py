@@ -46,12 +46,6 @@ def joined(trainer: BaseTrainer) -> Iterator[Placement]:
     trainer.join(place)
     try:
         yield place
-    except RuntimeError as error:
-        found = place.group.explained()  # a collective breaks when the process at its other end is gone
-        if found is None:
-            place.group.failed(error)
-            raise
-        raise found from error
     except BaseException as error:
         place.group.failed(error)
         raise
@@ -196,7 +190,10 @@ def make_weights(trainer: BaseTrainer, place: Placement, batch: int) -> tuple[to
     if config.train.attention_backend != "native":
         _set_attention(model, config.train.attention_backend)
     if config.model.lora is None:
-        adapters.prepare_full(model)
+        if place.sharded:
+            model.requires_grad_(True)  # in fp32 block by block, when they are spread
+        else:
+            adapters.prepare_full(model)
         # Under autocast a norm with fp32 weights takes torch's plain kernel; that is meant, and torch warns of it.
         warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
     else:
