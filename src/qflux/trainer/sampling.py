@@ -122,13 +122,14 @@ class Validation:
 def draw_samples(trainer: BaseTrainer, stop: StopSignal, checkpoint: str | None, out: Path | None) -> Path:
     """``--sample``: draw the config's samples with a checkpoint's adapter, or with the bare model."""
     from qflux.parallel.placement import Placement
-    from qflux.trainer.setup import check_steps, offload_weights
+    from qflux.trainer.setup import check_blocks, check_steps, offload_weights
 
     trainer.device = Placement(trainer.config.train.mixed_precision).device
     settings = trainer.config.logging
     if not settings.validation.samples:
         raise UserError("logging.validation.samples: found none, expected at least one {prompt, controls} to draw")
     check_steps(trainer)
+    check_blocks(trainer)
     folder = _find_weights(trainer, checkpoint)
     cache = cache_manager(trainer, memo_of(trainer.config)) if trainer.config.cache.use_cache else None
     stop.eager = False
