@@ -100,6 +100,7 @@ class BaseTrainer(ABC):
             method_of(self.config.model, self.family, component),
             self.family.keep if denoiser else (),
             self.family.block_lists if denoiser else (),
+            quantize_on=self.device,
             **options,
         )
 
