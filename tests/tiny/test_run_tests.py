@@ -20,7 +20,7 @@ from qflux.config import dump_config, load_config
 from qflux.demo.shapes import write_pairs
 from qflux.demo.tiny_models import build_flux_kontext_random
 from qflux.errors import UserError
-from qflux.tools import compare, selftest
+from qflux.tools import compare, selftest, selftest_formats
 from qflux.trainer.flux_kontext_trainer import FluxKontextTrainer
 from qflux.types import EditSample, Resize, SizePlan
 from qflux.validation import comparison
@@ -66,6 +66,7 @@ def test_training_is_inference_for_every_test_of_the_table(
 ) -> None:
     original = selftest.run_tests
     monkeypatch.setattr(selftest, "run_tests", lambda trainers, only: original(TRAINERS, only, make))
+    monkeypatch.setattr(selftest_formats, "run_formats", lambda trainers, only: [])  # tests of their own
     monkeypatch.setattr(script, "entry_points", entry_points_here)
     assert script.main(["--json", str(tmp_path / "r.json")]) == 0
     found = json.loads((tmp_path / "r.json").read_text())
@@ -100,7 +101,7 @@ def test_a_test_that_breaks_is_a_failed_line(monkeypatch: pytest.MonkeyPatch) ->
     (result,) = selftest.run_tests(TRAINERS, ["cached-loss"], broken)
     assert not result.passed
     assert result.error == "RuntimeError: no model today"
-    valid("run_tests", selftest.as_json([result]))
+    valid("run_tests", selftest.as_json([result]) | {"formats": []})
 
 
 def test_a_trainer_without_a_demo_is_left_out(
@@ -115,7 +116,9 @@ def test_a_trainer_without_a_demo_is_left_out(
 
 def test_names_are_listed_and_checked(script: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     assert script.main(["--list"]) == 0
-    assert "FluxKontext/velocity-2-controls\n" in capsys.readouterr().out
+    listed = capsys.readouterr().out
+    assert "FluxKontext/velocity-2-controls\n" in listed
+    assert "QwenImage/format-bnb-nf4\n" in listed
     assert script.main(["--test", "velocity-9"]) == 2
     assert "velocity-9" in capsys.readouterr().err
 

@@ -114,7 +114,7 @@ def test_what_travels(found: list[Any]) -> None:
     lora, full = found[0]["traffic"]["lora"], found[0]["traffic"]["full"]
     assert lora["counts"] == {"_allgather_base_": 2 * 2 * 5, "allreduce_": 1}
     assert lora["reduced"] == lora["trained"] > 0
-    assert full["counts"] == {"_allgather_base_": 2 * 2 * 5, "_reduce_scatter_base_": 5, "allreduce_": 1}
+    assert full["counts"] == {"_allgather_base_": 2 * 2 * 5, "_reduce_scatter_base_": 10, "allreduce_": 1}
     assert full["reduced"] == 4
 
 

@@ -27,7 +27,7 @@ def method_of(model: ModelConfig, family: Family, component: str) -> str | None:
     """The format that the config asks for a component's blocks: the denoiser's, a text encoder's, or None."""
     if component == family.denoiser:
         return model.quantize or None
-    if component not in text_components(family):
+    if component not in encoders(family):
         return None
     wanted = model.quantize_text_encoders
     return (wanted.get(component) if isinstance(wanted, Mapping) else wanted) or None
@@ -38,26 +38,35 @@ def text_components(family: Family) -> tuple[str, ...]:
     return tuple(name for stage in family.stages if stage.kind == "text" for name in stage.components)
 
 
+def encoders(family: Family) -> list[str]:
+    """The networks among them."""
+    return [name for name in text_components(family) if "encoder" in name]
+
+
+def package_of(method: str) -> str:
+    """The package that makes a format, as it is installed."""
+    return _PACKAGES[method.partition("-")[0]].replace(".", "-")
+
+
 def refusals(config: Config, family: Family) -> list[str]:
     """What of quantizing, offloading and recomputing cannot work, one line each, before anything is loaded."""
     model, train = config.model, config.train
     wanted: dict[str, str | None] = {"model.quantize": model.quantize or None}
-    encoders = model.quantize_text_encoders
+    of_text = model.quantize_text_encoders
     problems = []
-    if not isinstance(encoders, Mapping):
-        wanted["model.quantize_text_encoders"] = encoders or None
+    if not isinstance(of_text, Mapping):
+        wanted["model.quantize_text_encoders"] = of_text or None
     else:
-        known = [name for name in text_components(family) if "encoder" in name]
-        for name, method in encoders.items():
+        known = encoders(family)
+        for name, method in of_text.items():
             if name not in known:
                 problems.append(
                     f"model.quantize_text_encoders.{name}: no such text encoder; expected {', '.join(known)}"
                 )
             wanted[f"model.quantize_text_encoders.{name}"] = method or None
     for key, asked in wanted.items():
-        package = _PACKAGES[asked.partition("-")[0]] if asked else ""
-        if package and not _installed(package):
-            name = package.replace(".", "-")
+        if asked and not _installed(_PACKAGES[asked.partition("-")[0]]):
+            name = package_of(asked)
             problems.append(f"{key}: found {asked}, but the package {name} is not installed; pip install {name}")
     if model.lora is None and model.quantize:
         problems.append(f"model.quantize: found {model.quantize}, but model.lora: null trains all weights; set false")

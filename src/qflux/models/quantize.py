@@ -17,23 +17,19 @@ repacks 4-bit weights for inference, which rounds their scales anew.
 
 from __future__ import annotations
 
-import functools
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qflux.errors import UserError
-from qflux.io.quiet import quiet_imports
-from qflux.models.memory_rules import BLOCK, NESTED_BLOCK, matches, unfit
+from qflux.models.memory_rules import matches, unfit
+from qflux.models.number_formats import Pieces, Room, to_4bit, to_8bit, to_quanto
 from qflux.models.quantized_layers import PackedLinear, Quantized, bitsandbytes, linear_4bit, linear_8bit
 
-_QTYPES = {"quanto-int8": "qint8", "quanto-int4": "qint4", "quanto-int2": "qint2", "quanto-fp8": "qfloat8_e4m3fn"}
-_CHUNK = 1 << 18  # weights quantized at once on a CPU: what that needs stays in its caches
 _PARTS_4BIT = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 _STATE_4BIT = re.compile(r"quant_state\.bitsandbytes__(nf4|fp4)")
 _PARTS_8BIT = ("SCB", "weight_format")
@@ -91,143 +87,44 @@ def quantized(
     dtype: torch.dtype | None = None,
     device: torch.device | None = None,
 ) -> Any:
-    """The method's layer in place of ``linear``, which may be on the meta device; its bias is taken over.
-
-    ``weight`` ``[out, in]`` is the layer's own where none is given; it may lie in a mapped file, and is not kept. It is
-    cast to ``dtype`` (the base's: bf16, fp16 or fp32) and moved to ``device`` first, on a CPU piece by piece.
-    """
-    weight = linear.weight.data if weight is None else weight
-    pieces = _Pieces(weight, dtype or weight.dtype, device or weight.device)
-    if method.startswith("quanto-"):
-        return _to_quanto(linear, method, pieces)
-    if method == "bnb-int8":
-        return linear_8bit(linear, *_to_8bit(pieces))
-    return linear_4bit(linear, *_to_4bit(pieces, method.removeprefix("bnb-")))
+    """The method's layer in place of ``linear``; see Quantizer, which is faster where there are several layers."""
+    return Quantizer(method, dtype, device)(linear, weight)
 
 
-@dataclass(frozen=True)
-class _Pieces:
-    """A weight on its way: cast to ``dtype`` and moved to ``device``, on a CPU about ``_CHUNK`` numbers at a time."""
+class Quantizer:
+    """Makes layers of one method, of weights cast to ``dtype`` (bf16, fp16 or fp32) and moved to ``device`` first.
 
-    weight: Tensor
-    dtype: torch.dtype
-    device: torch.device
-
-    def of(self, rows: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """(rows, their numbers) of ``weight`` in the shape ``rows`` gives it, in fresh memory."""
-        count = max(1, rows.numel() // _CHUNK) if self.device.type == "cpu" else 1
-        start = 0
-        for piece in rows.tensor_split(count):
-            yield slice(start, start + len(piece)), piece.to(self.device, self.dtype, copy=True)
-            start += len(piece)
-
-    def empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
-        """Room for a result."""
-        return torch.empty(shape, dtype=dtype, device=self.device)
-
-
-def _to_8bit(pieces: _Pieces) -> tuple[Tensor, Tensor]:
-    """Numbers ``[out, in]`` int8 and scales ``[out]`` fp32: bit for bit what bitsandbytes gives."""
-    data = pieces.empty(*pieces.weight.shape, dtype=torch.int8)
-    scales = pieces.empty(len(data), dtype=torch.float32)
-    quantize = _rows_to_8bit if pieces.device.type == "cpu" else bitsandbytes().functional.int8_vectorwise_quant
-    for rows, piece in pieces.of(pieces.weight):
-        data[rows], scales[rows] = quantize(piece.half())[:2]
-    return data, scales
-
-
-def _rows_to_8bit(piece: Tensor) -> tuple[Tensor, Tensor]:
-    numbers = piece.float()
-    scales = numbers.abs().amax(dim=1)
-    return numbers.mul_((127 / scales.clamp(min=1e-30)).unsqueeze(1)).round_().to(torch.int8), scales
-
-
-def _to_4bit(pieces: _Pieces, kind: str) -> tuple[Tensor, Any]:
-    """Packed numbers ``[in · out / 2, 1]`` and their state: bit for bit what bitsandbytes' ``quantize_4bit`` gives."""
-    functional = bitsandbytes().functional
-    flat, code = pieces.weight.reshape(-1), functional.get_4bit_type(kind, device=pieces.device)
-    data = pieces.empty(-(-len(flat) // 2), 1, dtype=torch.uint8)
-    scales = pieces.empty(-(-len(flat) // BLOCK), dtype=torch.float32)
-    whole = len(flat) // BLOCK
-    quantize = _Codebook(code) if pieces.device.type == "cpu" else functools.partial(_library_4bit, kind=kind)
-    for blocks, piece in pieces.of(flat[: whole * BLOCK].view(-1, BLOCK)):
-        data[blocks.start * BLOCK // 2 : blocks.stop * BLOCK // 2], scales[blocks] = quantize(piece)
-    if len(flat) % BLOCK:
-        ((_, rest),) = pieces.of(flat[whole * BLOCK :])
-        data[whole * BLOCK // 2 :], scales[whole:] = _library_4bit(rest, kind)
-    offset = scales.mean()
-    absmax, nested = functional.quantize_blockwise(scales - offset, blocksize=NESTED_BLOCK)
-    shape = pieces.weight.shape
-    return data, functional.QuantState(absmax, shape, code, BLOCK, kind, pieces.dtype, offset, nested)
-
-
-def _library_4bit(piece: Tensor, kind: str) -> tuple[Tensor, Tensor]:
-    return torch.ops.bitsandbytes.quantize_4bit.default(piece, BLOCK, kind, torch.uint8)
-
-
-class _Codebook:
-    """4-bit quantization on a CPU, twenty times as fast as the library's: numbers are looked up, not sought.
-
-    A weight's share of its block's largest, in [-1, 1], falls into one of 65535 cells, and a table tells each cell's
-    number. Weights near one whose cell is crossed by a bound between two numbers are compared with the bounds.
+    Where these are None, they are the weight's own. What is made goes to ``final``, and stays on ``device`` when None.
+    On a CPU the memory to work in is kept from one weight to the next. Not for several threads at once.
     """
 
-    _STEPS = 32767
-    _CROSSED = 128
-    _ANY_OF_EIGHT = -0x7F7F7F7F7F7F7F80  # that bit in each byte
+    def __init__(
+        self,
+        method: str,
+        dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
+        final: torch.device | None = None,
+    ) -> None:
+        self.method, self.dtype, self.device, self.final, self._room = method, dtype, device, final, Room()
 
-    def __init__(self, code: Tensor) -> None:
-        self.order = torch.argsort(code).to(torch.uint8)
-        ascending = code.sort().values
-        self.bounds = (ascending[:-1] + ascending[1:]) / 2
-        crossed = self._cells(self.bounds).long()
-        below = torch.bincount(crossed + 1, minlength=2 * self._STEPS + 1).cumsum(0)
-        self.table = self.order[below]
-        self.table[crossed] |= self._CROSSED
+    @torch.no_grad()
+    def __call__(self, linear: nn.Linear, weight: Tensor | None = None) -> Any:
+        """The layer in place of ``linear``, which may be on the meta device; its bias is taken over as it is.
 
-    def _cells(self, shares: Tensor) -> Tensor:
-        return shares.mul(self._STEPS).add_(self._STEPS).to(torch.int32)
+        ``weight`` ``[out, in]`` is the layer's own where none is given; it may lie in a mapped file, and is not kept.
+        """
+        layer = self._made(linear, linear.weight.data if weight is None else weight)
+        if self.final not in (None, self.device):
+            layer.repack({name: value.to(self.final) for name, value in layer.packed().items()})
+        return layer
 
-    def __call__(self, blocks: Tensor) -> tuple[Tensor, Tensor]:
-        """Packed numbers ``[n · block / 2, 1]`` and scales ``[n]`` of ``blocks [n, block]``; blocks of 8 k weights."""
-        blocks = blocks.float()
-        scales = blocks.abs().amax(dim=1)
-        shares = blocks.mul_(scales.clamp(min=1e-38).reciprocal().unsqueeze(1)).clamp_(-1, 1).view(-1, 8)
-        numbers = torch.index_select(self.table, 0, self._cells(shares).view(-1)).view(-1, 8)
-        near = (numbers.view(torch.int64) & self._ANY_OF_EIGHT).view(-1).nonzero().view(-1)
-        numbers[near] = self.order[torch.bucketize(shares[near], self.bounds)]
-        pairs = numbers.view(-1, 2)
-        return ((pairs[:, :1] << 4) | pairs[:, 1:]), scales
-
-
-@functools.cache
-def _quanto() -> Any:
-    with quiet_imports():
-        import optimum.quanto
-    return optimum.quanto
-
-
-def _to_quanto(linear: nn.Linear, method: str, pieces: _Pieces) -> PackedLinear:
-    quanto = _quanto()
-    qtype, sizes = quanto.qtypes[_QTYPES[method]], (linear.in_features, linear.out_features)
-    rule = quanto.QLinear(*sizes, bias=False, dtype=pieces.dtype, device="meta", weights=qtype)
-    group = rule.weight_group_size or linear.in_features
-    numbers = pieces.empty(math.prod(sizes) // group, group, dtype=qtype.dtype if qtype.bits == 8 else torch.uint8)
-    scale = pieces.empty(len(numbers), 1, dtype=pieces.dtype)
-    shift = None if qtype.bits == 8 else torch.empty_like(scale)
-    for rows, piece in pieces.of(pieces.weight.reshape(-1, group)):
-        if shift is None:
-            found = rule.optimizer(piece, qtype=qtype, axis=0)
-        else:
-            found, shift[rows] = rule.optimizer(piece, qtype=qtype, axis=0)
-        scale[rows] = torch.where(found == 0, torch.ones_like(found), found)  # a row of zeros would become 0 / 0
-        if shift is None:
-            numbers[rows] = torch.ops.quanto.quantize_symmetric(piece, qtype.dtype, 0, scale[rows])
-        else:
-            numbers[rows] = torch.ops.quanto.quantize_affine(piece, qtype.bits, 0, None, scale[rows], shift[rows])
-    if shift is not None:
-        numbers = quanto.tensor.packed.pack_weights(numbers, qtype.bits)
-    return PackedLinear(linear, qtype, numbers, scale, shift)
+    def _made(self, linear: nn.Linear, weight: Tensor) -> Any:
+        pieces = Pieces(weight, self.dtype or weight.dtype, self.device or weight.device, self._room)
+        if self.method.startswith("quanto-"):
+            return PackedLinear(linear, *to_quanto(pieces, self.method))
+        if self.method == "bnb-int8":
+            return linear_8bit(linear, *to_8bit(pieces))
+        return linear_4bit(linear, *to_4bit(pieces, self.method.removeprefix("bnb-")))
 
 
 def part_of(key: str) -> tuple[str, str] | None:
@@ -277,9 +174,10 @@ def quantize_in_place(
     ``device`` is where the new weights are made and stay, the weight's own when None. For the rest see ``choose``.
     """
     chosen, kept = choose(model, method, block_lists, keep)
+    make = Quantizer(method, device=device)
     for name in chosen:
         linear: Any = model.get_submodule(name)
-        replace(model, name, quantized(linear, method, device=device))
+        replace(model, name, make(linear))
     return kept
 
 

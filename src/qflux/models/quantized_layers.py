@@ -138,7 +138,14 @@ def _layers() -> tuple[Any, Any]:
             self._parameters["weight"] = _parameter_4bit(tensors["weight"], state)
 
         def dequantize(self, dtype: torch.dtype) -> Tensor:
-            return bnb.functional.dequantize_4bit(self.weight.data, self.weight.quant_state).to(dtype)
+            # Blocks of 64 run over the ends of rows; the library's kernel for CPUs begins one anew at each. So the
+            # weight is shown to it as rows of one block.
+            state = copy.copy(self.weight.quant_state)
+            count = self.in_features * self.out_features
+            size = state.blocksize if count % state.blocksize == 0 else count
+            state.shape = torch.Size((count // size, size))
+            weight = bnb.functional.dequantize_4bit(self.weight.data, state)
+            return weight.view(self.out_features, self.in_features).to(dtype)
 
         def _apply(self, fn: Any, recurse: bool = True) -> Any:
             return _move(self, super()._apply, fn, recurse)

@@ -39,19 +39,20 @@ def load_streaming(
     quantize: str | None = None,
     keep: Sequence[str] = (),
     block_lists: Sequence[str] = (),
-    *,
+    quantize_on: torch.device | str | None = None,
     mapped: bool = False,
     **options: Any,
 ) -> Any:
     """Load one network as ``load_module`` does, bit for bit: frozen, in eval mode, in ``dtype``; here on ``device``.
 
-    ``cls`` is a class of diffusers, whose files are streamed, or of transformers, whose own loader maps
-    them and gets ``options``. The
-    linear layers inside ``block_lists`` (the outermost module lists when empty) are quantized by the method
-    ``quantize`` of ``qflux.models.quantize``, but for those that ``keep`` names (see ``quantize.choose``) and those
-    that the class wants in fp32. A checkpoint that bitsandbytes quantized is loaded as it is. Every tensor gets memory
-    of its own; with ``mapped`` and on the CPU those that fit stay in the mapped file, for a caller that soon copies
-    every parameter elsewhere (there kernels of the CPU round otherwise). ``dtype`` None: as stored.
+    ``cls`` is a class of diffusers, whose files are streamed, or of transformers, whose own loader maps them and gets
+    ``options``. The linear layers inside ``block_lists`` (the outermost module lists when empty) are quantized by the
+    method ``quantize`` of ``qflux.models.quantize``, but for those that ``keep`` names (see ``quantize.choose``) and
+    those that the class wants in fp32. Each is quantized on ``quantize_on`` (``device`` when None) before it goes to
+    ``device``: a GPU is faster at it even where the weights are to stay on the host. A checkpoint that bitsandbytes
+    quantized is loaded as it is. Every tensor gets memory of its own; with ``mapped`` and on the CPU those that fit
+    stay in the mapped file, for a caller that soon copies every parameter elsewhere (there kernels of the CPU round
+    otherwise). ``dtype`` None: as stored.
     Raises UserError for keys that are missing, unexpected or of another shape, for a quantized checkpoint where
     ``quantize`` asks for a method, and for one in another format.
     """
@@ -61,7 +62,9 @@ def load_streaming(
     with quiet_imports():
         from diffusers import ModelMixin
     in_fp32 = tuple(getattr(cls, "_keep_in_fp32_modules", None) or ())
-    plan = _Plan(dtype, torch.device(device), quantize, (*keep, *in_fp32), tuple(block_lists), mapped)
+    place = torch.device(device)
+    works_on = torch.device(quantize_on) if quantize_on is not None else place
+    plan = _Plan(dtype, place, quantize, (*keep, *in_fp32), tuple(block_lists), works_on, mapped)
     if issubclass(cls, ModelMixin):
         with readable(root, cls):
             model: Any = _skeleton(cls, config, dtype or torch.float32)
@@ -70,8 +73,9 @@ def load_streaming(
             checkpoint.match(model)
             _fill(model, checkpoint, plan, in_fp32)
     else:
-        model = load_module(cls, folder, component, dtype or torch.float32, **options)
-        _take_out(model, plan)
+        late = quantize is not None and dtype == torch.bfloat16 and _can_be_cast_later(cls, root)
+        model = load_module(cls, folder, component, torch.float32 if late or dtype is None else dtype, **options)
+        _take_out(model, plan, dtype if late else None)
     return model.eval().requires_grad_(False)
 
 
@@ -84,18 +88,23 @@ def _refuse_formats(root: Path, found: str | None, quantize: str | None) -> None
 
 @dataclass(frozen=True)
 class _Plan:
-    """What to make of the tensors; ``device`` is where they go, ``method`` a way to quantize or None."""
+    """What to make of the tensors: quantized by ``method`` on ``works_on``, or as they are; all go to ``device``."""
 
     dtype: torch.dtype | None
     device: torch.device
     method: str | None
     keep: tuple[str, ...]
     block_lists: tuple[str, ...]
+    works_on: torch.device
     mapped: bool = False
 
     def chosen(self, model: nn.Module) -> list[str]:
         """Names of the layers to quantize."""
         return quant.choose(model, self.method, self.block_lists, self.keep)[0] if self.method else []
+
+    def quantizer(self, dtype: torch.dtype | None) -> quant.Quantizer:
+        """What makes the quantized layers; weights are cast to ``dtype`` first, if it is not None."""
+        return quant.Quantizer(str(self.method), dtype, self.works_on, self.device)
 
     def own(self, tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """A copy in memory of its own, on the device; floating-point numbers in ``dtype``, the base's when None.
@@ -218,15 +227,14 @@ def _parameters_on_meta() -> Iterator[None]:
 
 def _fill(model: nn.Module, checkpoint: _Checkpoint, plan: _Plan, in_fp32: Sequence[str]) -> None:
     """Give every parameter and buffer its value; each tensor is read, used and let go."""
-    chosen = frozenset(plan.chosen(model))
+    chosen, make = frozenset(plan.chosen(model)), plan.quantizer(plan.dtype)
     for name, key in checkpoint.names.items():
         layer, _, last = name.rpartition(".")
         if last == "weight" and layer in checkpoint.statistics:
             quant.replace(model, layer, _restored(model.get_submodule(layer), layer, checkpoint, plan))
         elif last == "weight" and layer in chosen:
             linear: Any = model.get_submodule(layer)
-            weight = checkpoint.tensor(key)
-            quant.replace(model, layer, quant.quantized(linear, str(plan.method), weight, plan.dtype, plan.device))
+            quant.replace(model, layer, make(linear, checkpoint.tensor(key)))
             _trim()
         else:
             dtype = torch.float32 if any(part in name.split(".") for part in in_fp32) else plan.dtype
@@ -259,18 +267,44 @@ def _place(module: nn.Module, name: str, value: Tensor) -> None:
         module._buffers[name] = value
 
 
-def _take_out(model: Any, plan: _Plan) -> None:
-    """Quantize what is to be, and take all tensors of a loaded network out of the mapped files; ties stay ties."""
+def _can_be_cast_later(cls: Any, root: Path) -> bool:
+    """May a network of transformers come in fp32, its pages the file's, and each weight be cast as it is quantized?
+
+    transformers itself casts all of them at once, which would hold the whole network in the wanted dtype beside the
+    quantized one. Only where all files are in fp32, and nothing is to stay in it in a network of bf16.
+    """
+    with quiet_imports():
+        from safetensors import SafetensorError, safe_open
+    if getattr(cls, "_keep_in_fp32_modules_strict", None):
+        return False
+    try:
+        for path in root.glob("*.safetensors"):
+            with safe_open(path, framework="pt") as shard:
+                if any(shard.get_slice(key).get_dtype() != "F32" for key in shard.offset_keys()):
+                    return False
+    except (SafetensorError, OSError):
+        return False  # its own loader tells what is wrong
+    return True
+
+
+def _take_out(model: Any, plan: _Plan, dtype: torch.dtype | None) -> None:
+    """Quantize what is to be, and take all tensors of a loaded network out of the mapped files; ties stay ties.
+
+    Parameters are cast to ``dtype`` if it is not None; buffers are in the dtype that they need already.
+    """
     for name, layer in quant.foreign_layers(model).items():
         parts = {key.removeprefix("weight."): value for key, value in layer.state_dict().items() if key != "bias"}
         parts = {part: value.to(plan.device, copy=True) for part, value in parts.items()}
         quant.replace(model, name, quant.restored(layer, parts, plan.dtype or torch.float32))
+    make = plan.quantizer(dtype)
     for name in plan.chosen(model):
         linear: Any = model.get_submodule(name)
-        quant.replace(model, name, quant.quantized(linear, str(plan.method), device=plan.device))
+        quant.replace(model, name, make(linear))
         _trim()
     for value in [value for value in model.parameters() if type(value) is nn.Parameter]:
-        value.data = plan.own(value.data, value.dtype)
+        value.data = plan.own(value.data, dtype or value.dtype)
     for module in model.modules():
         for key, buffer in module._buffers.items():
             module._buffers[key] = None if buffer is None else plan.own(buffer, buffer.dtype)
+        if dtype is not None and hasattr(module, "config"):
+            module.config.dtype = dtype

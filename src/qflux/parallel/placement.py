@@ -193,7 +193,7 @@ class Placement:
         gradients = [p.grad for p in parameters if p.grad is not None]
         if self.loss_scale != 1:
             torch._foreach_div_(gradients, self.loss_scale)
-        norm = nn.utils.get_total_norm(gradients)
+        norm = nn.utils.get_total_norm(gradients).to(self.device)  # of a split model the gradients lie on several
         if max_norm > 0:
             nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
         return norm

@@ -94,8 +94,9 @@ class BaseTrainer(ABC):
     def load_network(self, cls: type, component: str, **options: Any) -> Any:
         """A network of the model's folder as ``cls``, in ``self.dtype``, quantized as the config asks; frozen.
 
-        Everything goes to ``self.device`` tensor by tensor, but for the denoiser where its blocks are offloaded (it stays
-        in host memory) or spread over processes (it stays in the mapped files). ``options`` go to a transformers class's ``from_pretrained``.
+        Everything goes to ``self.device`` tensor by tensor, but for the denoiser where its blocks are offloaded (it
+        stays in host memory) or spread over processes (it stays in the mapped files). ``options`` go to a transformers
+        class's ``from_pretrained``.
         """
         from qflux.models.memory_rules import method_of
         from qflux.models.streaming import load_streaming
@@ -112,6 +113,7 @@ class BaseTrainer(ABC):
             method_of(self.config.model, self.family, component),
             self.family.keep if denoiser else (),
             self.family.block_lists if denoiser else (),
+            quantize_on=self.device,
             mapped=in_shards,
             **options,
         )

@@ -18,7 +18,7 @@ from qflux.io.digests import DigestMemo
 from qflux.io.progress import say
 from qflux.loss.edit_mask_loss import mask_to_grid
 from qflux.models.loading import component_identity, free
-from qflux.models.memory_rules import method_of
+from qflux.models.memory_rules import method_of, package_of
 from qflux.randomness import Purpose, generator, uniform
 from qflux.trainer.early import memo_of
 from qflux.types import EditSample, EncodedSample, EncodeStage, SampleSpec
@@ -54,6 +54,8 @@ def cache_manager(trainer: BaseTrainer, memo: DigestMemo) -> CacheManager:
             methods = {name: method_of(config.model, family, name) for name in stage.components}
             if any(methods.values()):
                 recipe["quantized"] = methods
+                packages = {package_of(method) for method in methods.values() if method}
+                recipe["formats"] = {name: version(name) for name in sorted(packages)}
         recipes[stage.name] = recipe
     memo.save()
     root = Path(config.cache.cache_dir)

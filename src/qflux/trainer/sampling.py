@@ -128,9 +128,10 @@ class Validation:
 
 def draw_samples(trainer: BaseTrainer, stop: StopSignal, checkpoint: str | None, out: Path | None) -> Path:
     """``--sample``: draw the config's samples with a checkpoint's adapter, or with the bare model."""
-    from qflux.trainer.setup import check_steps, joined
+    from qflux.trainer.setup import check_blocks, check_steps, joined
 
     check_steps(trainer)
+    check_blocks(trainer)
     with joined(trainer) as place:
         return _draw_samples(trainer, place, stop, checkpoint, out)
 

@@ -19,7 +19,7 @@ from qflux.errors import UserError
 from qflux.io.digests import DigestMemo, blake3_file
 from qflux.io.progress import say, speak_as
 from qflux.models import adapters
-from qflux.models.activations import set_checkpointing
+from qflux.models.activations import named_blocks, set_checkpointing
 from qflux.models.ema import Ema
 from qflux.models.loading import meta_module, model_identity, read_config
 from qflux.models.memory_rules import method_of, text_components
@@ -86,6 +86,17 @@ def check_steps(trainer: BaseTrainer) -> None:
             "logging.validation.num_inference_steps: found 1, expected at least 2: this model's scheduler has a "
             "shift_terminal, which is not defined for one step"
         )
+
+
+def check_blocks(trainer: BaseTrainer) -> None:
+    """Refuse to offload more blocks than the network has."""
+    count, structure = trainer.config.train.offload_blocks, None
+    if count:
+        structure = meta_module(trainer.folder, trainer.family.denoiser)
+    if structure is not None:
+        total = len(named_blocks(structure, trainer.family.block_lists))
+        if count > total:
+            raise UserError(f"train.offload_blocks: found {count}, expected 0 to {total}, the network's blocks")
 
 
 def check_attention(trainer: BaseTrainer) -> None:
