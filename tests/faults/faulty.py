@@ -5,6 +5,7 @@ The process of that rank kills or stops itself, or raises, at the given call of 
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import signal
 import sys
@@ -51,6 +52,7 @@ def arm(fault: str) -> None:
 
 
 if __name__ == "__main__":
+    faulthandler.dump_traceback_later(100)  # a test that waits in vain shows where
     if os.environ.get("FAULT") and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
         arm(os.environ["FAULT"])
     sys.exit(main())

@@ -111,9 +111,13 @@ def take_seat() -> Seat:
     """Form the process group through Accelerate; on a machine without CUDA it is one of gloo."""
     with quiet_imports():
         from accelerate import PartialState
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    waiting: dict[str, Any] = {"timeout": COLLECTIVE_TIMEOUT} if several else {}
-    state = PartialState(cpu=not torch.cuda.is_available(), **waiting)
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    words: dict[str, Any] = {}
+    if processes > 1:
+        words = {"timeout": COLLECTIVE_TIMEOUT, "rank": int(os.environ["RANK"]), "world_size": processes}
+        # Each restart has its own part of the store: in a shared one the addresses of dead workers are still there.
+        words["store"] = connect_to_launcher()
+    state = PartialState(cpu=not torch.cuda.is_available(), **words)
     return Seat(state.device, state.process_index, state.num_processes)
 
 
