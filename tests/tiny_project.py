@@ -41,6 +41,7 @@ OUR_LINES = [
     r"cache: \d+ reused, \d+ encoded, \d+ repaired in \d+:\d\d:\d\d",
     r"LoRA on \d+ linear layers",
     r"sigma shift .+",
+    r"model\.quantize: quanto-int2: .+",
     r"\d+ blocks wait in host memory \(\S+ GiB\), \d+ stay",
     r"starting from an adapter: \d+ of \d+ tensors matched",
     r"resumed from checkpoint-\d{6}",

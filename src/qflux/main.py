@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from qflux.config import Config, load_config
 from qflux.errors import BUG, DONE, Interrupted, QfluxError, UserError
-from qflux.io.progress import process, say
+from qflux.io.progress import say, speak_as, speaker
 from qflux.runtime.signals import StopSignal, die_with_parent
 from qflux.trainer.early import NO_MASKS, early_problems, scan_all, scan_held_out
 
@@ -178,8 +178,8 @@ def run(args: argparse.Namespace, stop: StopSignal) -> int:
 
 def tell(error: QfluxError) -> None:
     """Print the lines of an error; of several processes only those that know something the first does not."""
-    rank = process()
-    if rank is None and os.environ.get("LOCAL_RANK", "0") != "0":
+    rank, met = speaker()
+    if not met and os.environ.get("LOCAL_RANK", "0") != "0":
         return  # found before the processes met: the first of this machine reads the same files
     if error.told or (rank and isinstance(error, Interrupted)):
         return
@@ -192,6 +192,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run and turn expected failures into one line and an exit code."""
     if die_with_parent():  # torch's C++ warnings are for its developers, and each process would print them
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    speak_as(int(os.environ.get("RANK", "0")), met=False)
     args = parse(argv)
     stop = StopSignal(eager=True)  # until there is something to save
     try:

@@ -11,18 +11,22 @@ from typing import Any
 
 _EVERY = 10.0  # seconds between plain lines
 _bars: list[Progress] = []
-_process: int | None = None  # rank of this process in a run; 0 talks for all
+_process = 0  # rank of this process in a run; 0 talks for all
+_met = False  # whether the processes of the run have met
 
 
-def speak_as(process: int) -> None:
-    """From now on this is process ``process`` of a run of several: all but 0 are silent and show no progress."""
-    global _process
-    _process = process
+def speak_as(process: int, met: bool) -> None:
+    """From now on this is process ``process`` of a run of several: all but 0 are silent and show no progress.
+
+    ``met`` tells that they form a group: what one finds from then on the others may not know.
+    """
+    global _process, _met
+    _process, _met = process, met
 
 
-def process() -> int | None:
-    """This process's rank, None before the processes of the run met."""
-    return _process
+def speaker() -> tuple[int, bool]:
+    """What ``speak_as`` was told last."""
+    return _process, _met
 
 
 def say(text: str, everywhere: bool = False) -> None:

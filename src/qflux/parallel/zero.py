@@ -91,6 +91,10 @@ class ZeroPlacement(Placement):
                 model.to(self.device)
             optimizer = None if make_optimizer is None else make_optimizer(list(self._params.values()))
             self._engine = self._library.initialize(model=model, optimizer=optimizer, config=settings)[0]
+        if nn.functional.linear is not _LINEAR:
+            # The engine's keeps gathered weights out of the autograd graph, and rounds otherwise; drawing has no graph.
+            engines = nn.functional.linear
+            nn.functional.linear = lambda *a, **kw: (engines if torch.is_grad_enabled() else _LINEAR)(*a, **kw)
         if self.sharded and not self._full:
             self._held = list(self._params.values())
             for param in self._held:

@@ -126,10 +126,16 @@ class SampleReader:
     """Reads the encoded sample at (epoch, index): from the cache or encoded on the spot, with equal tensors."""
 
     def __init__(
-        self, trainer: BaseTrainer, dataset: EditDataset, cache: CacheManager | None, dropout: float = 0.0
+        self,
+        trainer: BaseTrainer,
+        dataset: EditDataset,
+        cache: CacheManager | None,
+        dropout: float = 0.0,
+        encoder: Encoder | None = None,
     ) -> None:
+        """Readers without a cache share an ``encoder``, whose components stay loaded."""
         self.trainer, self.dataset, self.cache, self.dropout = trainer, dataset, cache, dropout
-        self.encoder = Encoder(trainer)
+        self.encoder = encoder or Encoder(trainer)
 
     def spec(self, epoch: int, index: int) -> SampleSpec:
         """The sample's spec with this epoch's caption dropout applied."""

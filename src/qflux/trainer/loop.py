@@ -38,8 +38,8 @@ if TYPE_CHECKING:
 
 
 OUT_OF_MEMORY = (
-    "lower data.batch_size and raise train.gradient_accumulation_steps, or set train.gradient_checkpointing: full, and "
-    "go on with --resume auto; smaller pictures (data.target_size) need a new run"
+    "--plan --memory 24GB names the first change that fits a card; train.gradient_checkpointing, train.offload_blocks "
+    "and a smaller data.batch_size may change within a run: go on with --resume auto"
 )
 SIZED_BY_CONFIG = (
     "data.control_plan: config sized the controls; the official pipeline resizes controls by its own rule: give "
@@ -229,6 +229,7 @@ def build_run(trainer: BaseTrainer, opened: Opened, stop: StopSignal) -> Run:
         for dataset in datasets:
             ensure_cached(trainer, cache, dataset, stop)
     held_out = SampleReader(trainer, datasets[1], cache) if len(datasets) > 1 else None
+    shared = None if held_out is None else held_out.encoder
     shift = setup.Shift.of(trainer)
     if config.train.sigma.shift != "none":
         told = shift.text(key[0] for key in datasets[0].counts())
@@ -242,7 +243,7 @@ def build_run(trainer: BaseTrainer, opened: Opened, stop: StopSignal) -> Run:
             read_weights(folder.checkpoint, trainer, weights, place)
     if folder.checkpoint is not None:
         say(f"resumed from {folder.checkpoint.name}")
-    reader = SampleReader(trainer, datasets[0], cache, config.data.caption_dropout_rate)
+    reader = SampleReader(trainer, datasets[0], cache, config.data.caption_dropout_rate, shared)
     return Run(
         trainer, place, folder, datasets[0], reader,
         setup.make_order(trainer, datasets[0], place, weights.state.batch), model, weights, shift,

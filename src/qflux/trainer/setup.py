@@ -22,7 +22,7 @@ from qflux.models import adapters
 from qflux.models.activations import named_blocks, set_checkpointing
 from qflux.models.ema import Ema
 from qflux.models.loading import meta_module, model_identity, read_config
-from qflux.models.memory_rules import method_of, text_components
+from qflux.models.memory_rules import ADVICE, method_of, text_components
 from qflux.models.offload import offload_blocks
 from qflux.models.optimizers import make_optimizer
 from qflux.models.schedules import make_schedule
@@ -42,7 +42,7 @@ _SHOWN_SHIFTS = 6
 def joined(trainer: BaseTrainer) -> Iterator[Placement]:
     """This process among those of the run, while the block lasts; a failure in it is told to the others."""
     place = open_placement(trainer.config, trainer.family)
-    speak_as(place.rank)
+    speak_as(place.rank, met=True)
     trainer.join(place)
     try:
         yield place
@@ -161,6 +161,8 @@ def adapter_info(trainer: BaseTrainer, dataset: EditDataset, step: int) -> dict[
         "data_digest": dataset.fingerprint(),
         "qflux_version": __version__,
     }
+    if model.quantize:
+        info["base_format"] = model.quantize
     if model.lora is not None:
         targets = model.lora.target_modules
         info |= {
@@ -213,6 +215,8 @@ def make_weights(trainer: BaseTrainer, place: Placement, batch: int) -> tuple[to
             matched, total = adapters.load_adapter(Path(config.model.lora.pretrained_weight), model)
             say(f"starting from an adapter: {matched} of {total} tensors matched")
         say(f"LoRA on {len(names)} linear layers")
+    if config.model.quantize in ADVICE:
+        say(f"model.quantize: {config.model.quantize}: {ADVICE[config.model.quantize]}")
     family, train = trainer.family, config.train
     set_checkpointing(
         model,
