@@ -200,7 +200,7 @@ def test_the_open_data_set_is_not_read_again(project, capfd, monkeypatch):
 
 def test_a_limit_of_none_tries_it_all_the_same(project, capfd, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1 << 20, GIB))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 << 20, GIB))
     with pytest.raises(UserError, match=r"memory: training step needs about .*, the device has 601\.0 MiB; "):
         checked(project, capfd)
     assert len(checked(project, capfd, "train.memory_limit=none")) == 2
@@ -212,9 +212,9 @@ def test_the_memory_that_a_plan_must_fit(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert memory_to_fit(None) is None
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (20 * GIB, 24 * GIB))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (20 * GIB, 24 * GIB))
     assert memory_to_fit(None) == 20 * GIB + CONTEXT
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (24 * GIB - 1, 24 * GIB))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (24 * GIB - 1, 24 * GIB))
     assert memory_to_fit(None) == 24 * GIB
     assert memory_to_fit("none") is None
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from qflux.config import Config
 from qflux.errors import UserError
 from qflux.models.activations import set_checkpointing
+from qflux.models.adapters import rounded_copy
 from qflux.models.ema import Ema
 from qflux.models.optimizers import make_optimizer
 from qflux.parallel import zero, zero_rules
@@ -167,25 +168,39 @@ def by_engine(rank: int, case: str, half_of_ddp: dict[str, Any]) -> dict[str, An
 
 
 def drawn(rank: int) -> dict[str, Any]:
-    """Outputs with other weights put into the adapters for a while, as samples are drawn, then with their own."""
-    plain, run = Run(Placement, 0, 1, "adapters"), Run(zero.ZeroPlacement, rank, 2, "adapters")
-    called = zero.ZeroPlacement(
-        config(**CASES["adapters"][1]), family(NAME), Seat(torch.device("cpu"), rank, 2), Group()
-    )
-    found: dict[str, Any] = {"whole": sum(param.numel() for param in run.inner.parameters())}
-    models = {"alone": plain.inner, "trained": run.inner, "only called": called.placed(recomputed())}
-    with torch.no_grad():
-        for name, model in models.items():
-            own = {param: param.data for param in model.parameters() if param.requires_grad}
-            for param, data in own.items():
-                param.data = data.to(torch.bfloat16).float()
-            outputs = [run.loss(model, 0) for _ in range(2)]
-            for param, data in own.items():
-                param.data = data
-            found[name] = torch.stack([*outputs, run.loss(model, 0)])
-    run.place.close()
+    """Outputs on a base of 16 bits: with other weights in the adapters for a while, rounded ones, then their own."""
+    seat = Seat(torch.device("cpu"), rank, 2)
+    trained, called = (zero.ZeroPlacement(config(), family(NAME), seat, Group()) for _ in range(2))
+    model, _, _ = trained.prepare(lower(network(NAME)), lambda params: torch.optim.AdamW(params))
+    models = {
+        "alone": lower(network(NAME)),
+        "trained": trained.unwrap(model),
+        "only called": called.placed(lower(network(NAME))),
+    }
+    found: dict[str, Any] = {"whole": sum(param.numel() for param in models["trained"].parameters())}
+    call = NETWORKS[NAME][1]()
+    call = {
+        key: value.bfloat16() if torch.is_tensor(value) else value for key, value in call.items() if "mask" not in key
+    }
+    for name, model in models.items():
+        average = Ema({name: param for name, param in model.named_parameters() if param.requires_grad}, 0.9)
+        for value in average.average.values():
+            value.mul_(1.5)
+        with torch.no_grad():
+            with average.swapped():
+                outputs = [loss_of(model, call) for _ in range(2)]
+                with rounded_copy(model, torch.bfloat16):
+                    outputs += [loss_of(model, call) for _ in range(2)]
+            found[name] = torch.stack([*outputs, loss_of(model, call)])
+    trained.close()
     called.close()
     return found
+
+
+def lower(model: nn.Module) -> nn.Module:
+    for param in model.parameters():
+        param.data = param.data if param.requires_grad else param.data.bfloat16()
+    return model
 
 
 def measure(rank: int) -> dict[str, Any]:
@@ -286,8 +301,10 @@ def test_draws_with_other_weights_for_a_while(found: Any) -> None:
         drawn = told["drawn"]
         assert torch.equal(drawn["trained"], drawn["alone"])
         assert torch.equal(drawn["only called"], drawn["alone"])
-        first, second, own = drawn["alone"]
-        assert first == second != own
+        first, second, rounded, again, own = drawn["alone"].tolist()
+        assert first == second
+        assert rounded == again
+        assert len({first, rounded, own}) == 3
         assert told["restored"]
 
 
