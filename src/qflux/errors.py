@@ -10,6 +10,7 @@ class QfluxError(Exception):
 
     exit_code = USER
     told = False  # whether another process of the run has told people already
+    abrupt = False  # whether the process must end without tidying up: libraries would wait for a peer that is gone
 
 
 class UserError(QfluxError):

@@ -221,6 +221,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             return run(args, stop)
     except QfluxError as error:
         tell(error)
+        if error.abrupt:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(error.exit_code)
         return error.exit_code
     except KeyboardInterrupt:
         say("interrupted at once")

@@ -33,6 +33,8 @@ _NEVER = 1e9
 class PeerLost(RunStopped):
     """Another process of the run failed or is gone."""
 
+    abrupt = True
+
 
 class PeerRefused(QfluxError):
     """What another process found, with its exit code."""
