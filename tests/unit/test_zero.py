@@ -168,33 +168,32 @@ def by_engine(rank: int, case: str, half_of_ddp: dict[str, Any]) -> dict[str, An
 
 
 def drawn(rank: int) -> dict[str, Any]:
-    """Outputs on a base of 16 bits: with other weights in the adapters for a while, rounded ones, then their own."""
-    seat = Seat(torch.device("cpu"), rank, 2)
-    trained, called = (zero.ZeroPlacement(config(), family(NAME), seat, Group()) for _ in range(2))
+    """Outputs of the network alone, in training, and only called by two processes."""
+    found: dict[str, Any] = {"alone": outputs(lower(network(NAME)))}
+    seat, made = Seat(torch.device("cpu"), rank, 2), config(gradient_checkpointing="none")
+    trained, called = (zero.ZeroPlacement(made, family(NAME), seat, Group()) for _ in range(2))
     model, _, _ = trained.prepare(lower(network(NAME)), lambda params: torch.optim.AdamW(params))
-    models = {
-        "alone": lower(network(NAME)),
-        "trained": trained.unwrap(model),
-        "only called": called.placed(lower(network(NAME))),
-    }
-    found: dict[str, Any] = {"whole": sum(param.numel() for param in models["trained"].parameters())}
-    call = NETWORKS[NAME][1]()
-    call = {
-        key: value.bfloat16() if torch.is_tensor(value) else value for key, value in call.items() if "mask" not in key
-    }
-    for name, model in models.items():
-        average = Ema({name: param for name, param in model.named_parameters() if param.requires_grad}, 0.9)
-        for value in average.average.values():
-            value.mul_(1.5)
-        with torch.no_grad():
-            with average.swapped():
-                outputs = [loss_of(model, call) for _ in range(2)]
-                with rounded_copy(model, torch.bfloat16):
-                    outputs += [loss_of(model, call) for _ in range(2)]
-            found[name] = torch.stack([*outputs, loss_of(model, call)])
+    found["trained"] = outputs(trained.unwrap(model))
+    found["only called"] = outputs(called.placed(lower(network(NAME))))
+    found["whole"] = sum(param.numel() for param in trained.unwrap(model).parameters())
     trained.close()
     called.close()
     return found
+
+
+@torch.no_grad()
+def outputs(model: nn.Module) -> Tensor:
+    """On a base of 16 bits: with other weights in the adapters for a while, rounded ones, then their own."""
+    call = {key: value for key, value in NETWORKS[NAME][1]().items() if "mask" not in key}
+    call |= {key: value.bfloat16() for key, value in call.items() if isinstance(value, Tensor)}
+    average = Ema({name: param for name, param in model.named_parameters() if param.requires_grad}, 0.9)
+    for value in average.average.values():
+        value.mul_(1.5)
+    with average.swapped():
+        losses = [loss_of(model, call) for _ in range(2)]
+        with rounded_copy(model, torch.bfloat16):
+            losses += [loss_of(model, call) for _ in range(2)]
+    return torch.stack([*losses, loss_of(model, call)])
 
 
 def lower(model: nn.Module) -> nn.Module:

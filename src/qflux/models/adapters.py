@@ -21,6 +21,7 @@ from qflux.errors import UserError
 from qflux.io.atomic import write_json
 from qflux.io.quiet import quiet_imports
 from qflux.io.tensors import load_tensors, read_metadata, save_tensors
+from qflux.models.quantized_layers import Quantized
 from qflux.models.targets import KEY, select_targets
 from qflux.randomness import Purpose, generator
 from qflux.types import Family
@@ -261,8 +262,8 @@ def rounded_copy(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     layers = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)] if dtype != torch.float32 else []
     try:
         for layer in layers:
-            weight: Any = layer.get_base_layer().weight
-            base = weight.dtype
+            plain: Any = layer.get_base_layer()
+            base = plain.weight_dtype if isinstance(plain, Quantized) else plain.weight.dtype
             for owner, name, param in _adapter_parameters(layer):
                 swapped.append((owner, name, param))
                 cast = param.detach().to(base) if base.is_floating_point else param.detach()

@@ -52,6 +52,10 @@ def open_placement(config: Config, family: Family) -> Placement:
     """Join the run's processes as the launcher's environment says; UserError where that contradicts the config."""
     kind = launched_as(os.environ)
     problems = environment_problems(os.environ, config, kind)
+    if kind == "deepspeed":
+        from qflux.parallel.zero_rules import zero_problems
+
+        problems += zero_problems(config, os.environ)
     if problems:
         raise UserError(*problems)
     seat = take_seat()
@@ -110,14 +114,15 @@ def environment_problems(environment: Mapping[str, str], config: Config, kind: s
 def take_seat() -> Seat:
     """Form the process group through Accelerate; on a machine without CUDA it is one of gloo."""
     with quiet_imports():
-        from accelerate import PartialState
+        from accelerate import PartialState  # it imports DeepSpeed when it is made, where that is asked for
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     words: dict[str, Any] = {}
     if processes > 1:
         words = {"timeout": COLLECTIVE_TIMEOUT, "rank": int(os.environ["RANK"]), "world_size": processes}
         # Each restart has its own part of the store: in a shared one the addresses of dead workers are still there.
         words["store"] = connect_to_launcher()
-    state = PartialState(cpu=not torch.cuda.is_available(), **words)
+    with quiet_imports():
+        state = PartialState(cpu=not torch.cuda.is_available(), **words)
     return Seat(state.device, state.process_index, state.num_processes)
 
 

@@ -5,8 +5,8 @@ stay away: they would cast every weight, the adapters too, to 16 bits. So the fr
 was loaded, trained weights are fp32, and gradients are summed and travel in fp32, as under DDP. Full training in bf16
 is autocast over fp32 weights, of which the engine has to be told: it switches a foreign one off.
 
-adapters       ZeRO-3 cuts the base. Adapters are whole on every process between steps, so that they can be averaged,
-               rounded and saved there; their gradients and their optimizer state are cut.
+adapters       ZeRO-3 cuts the base. Adapters are whole on every process, so that they can be averaged, rounded and
+               saved there; their gradients and their optimizer state are cut.
 full training  ZeRO-3 cuts all but the smallest weights; ``whole`` and ``fill`` translate.
 
 The engine clips and steps in one call and reads the norm on the host there, so every step waits for its device.
@@ -53,8 +53,7 @@ class ZeroPlacement(Placement):
         self._library = _deepspeed(self.device)
         self._engine: Any = None
         self._params: dict[str, nn.Parameter] = {}
-        self._held: list[Any] = []  # what stays whole between steps under ZeRO-3
-        self._stepping = False
+        self._held: list[Any] = []  # adapters under ZeRO-3
         self._used: set[str] = set()
         self._idle: set[str] | None = None
 
@@ -84,6 +83,8 @@ class ZeroPlacement(Placement):
         settings = engine_settings(self.config, 3 if self.sharded else 2, sizes)
         with quiet_imports():
             if self.sharded:
+                if self._full:
+                    model.float()
                 self._library.zero.Init(module=model, config_dict_or_path=settings)
                 for buffer in model.buffers():
                     buffer.data = buffer.data.to(self.device)
@@ -98,8 +99,8 @@ class ZeroPlacement(Placement):
         if self.sharded and not self._full:
             self._held = list(self._params.values())
             for param in self._held:
-                self._keep_whole(param)
-            self._gather()
+                param.stays_whole = True
+            self._refresh()
 
     def _allocate(self, optimizer: Any) -> None:
         """Let the optimizer make its state by a step of nothing: only then can the engine put a saved one there."""
@@ -117,18 +118,10 @@ class ZeroPlacement(Placement):
         if not self.sharded:
             zero._lazy_init_hp_params_optimizer_state()
 
-    def _keep_whole(self, param: Any) -> None:
-        """Let the engine cut a parameter when it steps, and not behind each layer."""
-        cut = param.partition
-
-        def partition(*args: Any, **options: Any) -> None:
-            if self._stepping or options.get("has_been_updated"):
-                cut(*args, **options)
-
-        param.partition = partition
-
-    def _gather(self) -> None:
+    def _refresh(self) -> None:
+        """Let adapters that ZeRO-3 keeps whole be what their parts are."""
         if self._held:
+            self._held[0].partition(param_list=self._held)
             self._held[0].all_gather(param_list=self._held)
 
     def unwrap(self, model: nn.Module) -> Any:
@@ -154,11 +147,8 @@ class ZeroPlacement(Placement):
         without = self._without_gradient()
         idle = {name: param for name, param in self._params.items() if name in without}  # in the same order everywhere
         before = {name: self._library.utils.safe_get_full_fp32_param(param).clone() for name, param in idle.items()}
-        self._stepping = True
         self._engine.step()
-        self._stepping = False
         if not self._engine.was_step_applied():
-            self._gather()
             return torch.full((), torch.nan, device=self.device)
         self.fill(idle, before)
         return torch.as_tensor(self._engine.get_global_grad_norm(), dtype=torch.float32, device=self.device)
@@ -202,7 +192,7 @@ class ZeroPlacement(Placement):
                 self._library.utils.safe_set_local_fp32_param(param, param.ds_tensor)
             else:
                 self._library.utils.safe_set_full_fp32_param(param, value.to(self.device))
-        self._gather()
+        self._refresh()
 
     def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         """See Placement; AdamW's state as one process has it, on the main process's CPU."""
@@ -259,4 +249,11 @@ def _deepspeed(device: torch.device) -> Any:
         # On the CPU it would compile a kernel, for a minute, that nothing here calls.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed()
+        from deepspeed.runtime.zero import partitioned_param_coordinator as coordinator
+
+    every = coordinator.get_all_parameters
+    # Adapters are whole, and so are copies that stand in for them: neither is gathered when its layer computes.
+    coordinator.get_all_parameters = lambda *args, **options: (
+        pair for pair in every(*args, **options) if hasattr(pair[1], "ds_id") and not hasattr(pair[1], "stays_whole")
+    )
     return deepspeed

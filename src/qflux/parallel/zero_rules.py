@@ -10,7 +10,7 @@ from qflux.config import Config
 
 ELSE = "or start without DeepSpeed (accelerate_configs/ddp.yaml)"
 OURS = "use accelerate_configs/deepspeed_zero2.yaml or deepspeed_zero3.yaml"
-SMALL = 2**14  # elements up to which a weight stays whole in full training under ZeRO-3: biases and norms
+SMALL = 2**14  # elements up to which ZeRO-3 leaves a weight whole: biases and norms
 _BUCKET = 2**26  # elements that travel together
 STAGE, _CLIPPING = "ACCELERATE_DEEPSPEED_ZERO_STAGE", "ACCELERATE_GRADIENT_CLIPPING"
 
@@ -67,7 +67,7 @@ def engine_settings(config: Config, stage: int, sizes: Sequence[int]) -> dict[st
     bucket = 2 * min(sum(sizes) // 2 + 1, _BUCKET // 2)  # the engine wants an even number
     zero: dict[str, Any] = {"stage": stage, "reduce_bucket_size": bucket}
     if stage == 3:
-        zero["stage3_param_persistence_threshold"] = SMALL if full else max(sizes, default=SMALL)
+        zero["stage3_param_persistence_threshold"] = SMALL
         # The engine's linear layers round otherwise; torch's hold on to weights, unless they are recomputed.
         zero["memory_efficient_linear"] = train.gradient_checkpointing != "full"
     else:
