@@ -107,10 +107,7 @@ def read_weights(folder: Path, trainer: BaseTrainer, weights: Weights, place: Pl
         values = read_adapter(folder / WEIGHTS_FILE, weights.model, place.whole(weights.params))
     place.fill(weights.params, {name: values[name] for name in weights.params})
     if weights.ema is not None:
-        state = load_state(folder, "ema_state")
-        weights.ema.check(state)
-        place.fill(weights.ema.average, state["average"])
-        weights.ema.updates = int(state["updates"])
+        weights.ema.load(load_state(folder, "ema_state"), place.fill)
     place.load_optimizer_state(weights.optimizer, load_state(folder, "optimizer"))
     weights.schedule.load(load_state(folder, "schedule"))
     weights.state = read_state(folder)
