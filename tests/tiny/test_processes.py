@@ -179,3 +179,20 @@ def test_only_adapters_travel_and_ranks_stay_equal(project: Project, tmp_path: P
     assert torch.equal(first["norm"], second["norm"])
     for name, tensor in first["weights"].items():
         assert torch.equal(tensor, second["weights"][name]), name
+
+
+def test_cache_mode_encodes_where_training_would(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    from qflux.parallel import placement
+    from qflux.trainer.flux_kontext_trainer import FluxKontextTrainer
+
+    seat = Seat(torch.device("cpu", 0), 0, 1)  # not equal to the plain "cpu" that a trainer begins with
+    monkeypatch.setattr(placement, "take_seat", lambda: seat)
+    seen, encode = set(), FluxKontextTrainer.encode
+
+    def watched(self: Any, parts: Any, sample: Any) -> Any:
+        seen.add(self.device)
+        return encode(self, parts, sample)
+
+    monkeypatch.setattr(FluxKontextTrainer, "encode", watched)
+    assert project.run("--cache", f"cache.cache_dir={project.root / 'own'}").code == 0
+    assert seen == {seat.device} != {torch.device("cpu")}
