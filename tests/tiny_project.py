@@ -224,10 +224,14 @@ class Project:
     def start(self, *words: object, launcher: bool = False) -> subprocess.Popen[str]:
         """The same as a process of its own, through ``accelerate launch`` or not."""
         launch = ["-m", "accelerate.commands.launch", "--config_file", ROOT / "accelerate_configs" / "single.yaml"]
-        command = [sys.executable, *(launch if launcher else []), "-m", "qflux.main", "--config", self.config, *words]
+        return self.spawn(*(launch if launcher else []), "-m", "qflux.main", "--config", self.config, *words)
+
+    def spawn(self, *words: object, **environment: str) -> subprocess.Popen[str]:
+        """A Python process in the project's folder, with what it says piped."""
         return subprocess.Popen(
-            [str(word) for word in command],
+            [sys.executable, *map(str, words)],
             cwd=self.root,
+            env={**os.environ, **environment},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -27,16 +25,8 @@ def launch(project: Project, fault: str, *words: object, launcher: tuple[Any, ..
         "-m", "accelerate.commands.launch", "--config_file", ROOT / "accelerate_configs" / "ddp.yaml",
         "--main_process_port", "0",
     )  # fmt: skip
-    command = [sys.executable, *start, FAULTY, "--config", project.config, "train.checkpointing_steps=4", *words]
-    return subprocess.Popen(
-        [str(word) for word in command],
-        cwd=project.root,
-        env={**os.environ, "FAULT": fault},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    words = ("--config", project.config, "train.checkpointing_steps=4", *words)
+    return project.spawn(*start, FAULTY, *words, FAULT=fault)
 
 
 def workers(process: subprocess.Popen[str]) -> list[psutil.Process]:

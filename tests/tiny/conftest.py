@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from functools import cached_property, partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
-from tiny_project import project, shared_cache, tiny_data  # noqa: F401 (fixtures)
+from tiny_project import ROOT, project, shared_cache, tiny_data  # noqa: F401 (fixtures)
 
 from qflux.config import load_config
 from qflux.demo import DEMOS
 from qflux.io.quiet import quiet_imports
 from qflux.main import import_trainer
 from qflux.validation import oracle
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    """run_tests.py as a module."""
+    spec = importlib.util.spec_from_file_location("run_tests", ROOT / "run_tests.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def _write_kontext(folder: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -28,17 +27,9 @@ EXACT = ["train.optimizer={name: adamw, lr: 1e-4}", f"train.max_train_steps={STE
 
 def launch(project: Project, *words: object, processes: int = 2, config: str = "ddp.yaml") -> subprocess.Popen[str]:
     """``accelerate launch`` of the real command line."""
-    launcher = ["-m", "accelerate.commands.launch", "--config_file", ROOT / "accelerate_configs" / config]
-    command = [sys.executable, *launcher, "--num_processes", processes, "--main_process_port", "0"]
-    command += ["-m", "qflux.main", "--config", project.config, *words]
-    return subprocess.Popen(
-        [str(word) for word in command],
-        cwd=project.root,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    launcher: list[object] = ["-m", "accelerate.commands.launch", "--config_file", ROOT / "accelerate_configs" / config]
+    launcher += ["--num_processes", str(processes), "--main_process_port", "0"]
+    return project.spawn(*launcher, "-m", "qflux.main", "--config", project.config, *words)
 
 
 def together(project: Project, *words: object, name: str, **options: Any) -> tuple[Outcome, Path]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import shutil
@@ -26,16 +25,6 @@ from qflux.types import EditSample, Resize, SizePlan
 from qflux.validation import comparison
 
 TRAINERS = {"FluxKontext": FluxKontextTrainer}
-
-
-@pytest.fixture(scope="module")
-def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("run_tests", ROOT / "run_tests.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def valid(name: str, found: Any) -> None:

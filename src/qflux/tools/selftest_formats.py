@@ -28,7 +28,6 @@ from qflux.errors import UserError
 from qflux.loss.flow_matching import add_noise, draw_noise
 from qflux.models import adapters
 from qflux.models import quantize as quant
-from qflux.models.activations import set_checkpointing
 from qflux.models.loading import free, meta_module, resolve_model
 from qflux.models.memory_rules import ADVICE, packed_bytes, refusals, stored_problems
 from qflux.models.quantized_layers import Quantized
@@ -36,7 +35,7 @@ from qflux.randomness import Purpose, generator
 from qflux.tools.selftest import Make
 from qflux.trainer.early import memo_of
 from qflux.trainer.encoding import SampleReader, cache_manager, fill_cache
-from qflux.trainer.setup import Shift, offload_weights
+from qflux.trainer.setup import Shift, save_memory
 from qflux.types import Batch, Family
 from qflux.validation.comparison import text_table
 from qflux.validation.held_out import SIGMAS
@@ -216,16 +215,8 @@ def probed(model: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
 
 def _prepare(trainer: Any, model: nn.Module) -> None:
     """Adapter, recomputation and offloading, as a run makes them."""
-    family, train = trainer.family, trainer.config.train
-    adapters.add_adapter(model, trainer.config.model.lora, family, train.seed)
-    set_checkpointing(
-        model,
-        train.gradient_checkpointing,
-        family.block_lists,
-        feed_forward=family.feed_forward,
-        offload=train.offload_activations,
-    )
-    offload_weights(trainer, model)
+    adapters.add_adapter(model, trainer.config.model.lora, trainer.family, trainer.config.train.seed)
+    save_memory(trainer, model)
     model.to(trainer.device)
 
 

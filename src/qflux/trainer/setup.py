@@ -217,7 +217,19 @@ def make_weights(trainer: BaseTrainer, place: Placement, batch: int) -> tuple[to
         say(f"LoRA on {len(names)} linear layers")
     if config.model.quantize in ADVICE:
         say(f"model.quantize: {config.model.quantize}: {ADVICE[config.model.quantize]}")
-    family, train = trainer.family, config.train
+    save_memory(trainer, model)
+    chosen = config.train.optimizer
+    called, params, optimizer = place.prepare(model, lambda trained: make_optimizer(chosen.name, trained, chosen))
+    unwrapped = place.unwrap(called)
+    schedule = make_schedule(config.train.lr_scheduler, optimizer, config.train.max_train_steps)
+    ema = None if config.train.ema is None else Ema(params, config.train.ema.decay)
+    state = TrainState(batch=batch, seed=config.train.seed)
+    return called, Weights(unwrapped, params, optimizer, schedule, ema, state)
+
+
+def save_memory(trainer: BaseTrainer, model: torch.nn.Module) -> None:
+    """Recompute and offload as the config asks; after adapters, before the model moves."""
+    family, train = trainer.family, trainer.config.train
     set_checkpointing(
         model,
         train.gradient_checkpointing,
@@ -226,14 +238,6 @@ def make_weights(trainer: BaseTrainer, place: Placement, batch: int) -> tuple[to
         offload=train.offload_activations,
     )
     offload_weights(trainer, model)
-    called, params, optimizer = place.prepare(
-        model, lambda trained: make_optimizer(train.optimizer.name, trained, train.optimizer)
-    )
-    unwrapped = place.unwrap(called)
-    schedule = make_schedule(config.train.lr_scheduler, optimizer, config.train.max_train_steps)
-    ema = None if config.train.ema is None else Ema(params, config.train.ema.decay)
-    state = TrainState(batch=batch, seed=config.train.seed)
-    return called, Weights(unwrapped, params, optimizer, schedule, ema, state)
 
 
 def offload_weights(trainer: BaseTrainer, model: torch.nn.Module) -> None:
