@@ -15,8 +15,8 @@ from qflux.errors import DONE, QfluxError, UserError
 from qflux.io.atomic import write_json
 from qflux.io.progress import say
 from qflux.main import GROUP, import_trainer, refuse_other_kind
-from qflux.models.loading import model_class
-from qflux.parallel.placement import Placement
+from qflux.models.model_folder import model_class
+from qflux.parallel.placement import take_seat
 from qflux.tools import compare, selftest, selftest_formats
 
 
@@ -72,7 +72,7 @@ def config_formats(config_file: Path, only: Sequence[str]) -> list[selftest_form
     cls = import_trainer(config)
     folder = selftest_formats.check_config(cls, config_file)
     refuse_other_kind(config, cls, model_class(folder))
-    device, family = Placement("bf16").device, cls.family.name
+    device, family = take_seat().device, cls.family.name
     trainers = {config.train.trainer: cls}
     return selftest_formats.run_formats(trainers, only, lambda *_: config_file, (family,), device)
 

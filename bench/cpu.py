@@ -27,6 +27,7 @@ from qflux.data.feeder import READ_AHEAD, feed
 from qflux.demo import make
 from qflux.main import import_trainer
 from qflux.models.loading import torch_dtype
+from qflux.parallel.placement import open_placement
 from qflux.runtime.signals import StopSignal
 from qflux.trainer.flux_kontext_trainer import pack, position_ids
 from qflux.trainer.loop import Run, build_run, open_training, optimizer_step
@@ -43,7 +44,9 @@ def build(config_path: Path, out: Path, *overrides: str) -> Run:
     folder = Path(config.model.pretrained_model_name_or_path)
     dtype = torch_dtype(config.train.mixed_precision)
     trainer = import_trainer(config)(config, folder, dtype=dtype, device=torch.device("cpu"))
-    return build_run(trainer, open_training(trainer, None), StopSignal())
+    place = open_placement(config, trainer.family)
+    trainer.join(place)
+    return build_run(trainer, open_training(trainer, place, None), StopSignal())
 
 
 def bare_step(run: Run, batch: Batch, optimizer: torch.optim.Optimizer, numbers: Any) -> Callable[[], None]:

@@ -35,6 +35,7 @@ from qflux.main import import_trainer
 from qflux.models.loading import free, torch_dtype
 from qflux.models.memory_rules import ADVICE
 from qflux.models.quantize import weight_bytes
+from qflux.parallel.placement import open_placement
 from qflux.runtime.checkpoint import find_checkpoint
 from qflux.runtime.signals import StopSignal
 from qflux.trainer.loop import build_run, open_training, optimizer_step
@@ -101,7 +102,9 @@ def step_seconds(config: Path, methods: Sequence[str], rounds: int) -> dict[str,
     with tempfile.TemporaryDirectory() as scratch:
         for method in methods:
             trainer = open_trainer(load_config(config, [*words_of(method), f"logging.output_dir={scratch}"]))
-            run = build_run(trainer, open_training(trainer, None), StopSignal())
+            place = open_placement(trainer.config, trainer.family)
+            trainer.join(place)
+            run = build_run(trainer, open_training(trainer, place, None), StopSignal())
             steps[method] = (run, *next(feed(run.order.steps(), run.reader.read, 0)))
         for number in range(rounds + WARM):
             for method, parts in steps.items():

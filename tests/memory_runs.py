@@ -10,7 +10,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -27,6 +27,8 @@ from qflux.main import import_trainer
 from qflux.models import quantize
 from qflux.models.loading import load_module
 from qflux.models.memory_rules import matches, packed_bytes, unfit
+from qflux.parallel.group import Group
+from qflux.parallel.placement import Placement, Seat
 from qflux.runtime.signals import StopSignal
 from qflux.trainer import setup
 from qflux.trainer.base_trainer import BaseTrainer
@@ -117,14 +119,9 @@ def batch_of(trainer: Any) -> Batch:
     return collate([reader.read(*position) for position in positions], positions)
 
 
-class _OnCpu:
+def on_cpu(trainer: Any) -> Placement:
     """A placement for one step, also where there is a GPU."""
-
-    def prepare(self, model: nn.Module) -> nn.Module:
-        return model.to("cpu")
-
-    def unwrap(self, model: nn.Module) -> nn.Module:
-        return model
+    return Placement(trainer.config, trainer.family, Seat(torch.device("cpu"), 0, 1), Group())
 
 
 def one_step(trainer: Any, batch: Batch) -> tuple[Tensor, dict[str, Tensor | None]]:
@@ -132,7 +129,7 @@ def one_step(trainer: Any, batch: Batch) -> tuple[Tensor, dict[str, Tensor | Non
 
     Adapters have left their start, at which half of their gradients are zero.
     """
-    called, weights = setup.make_weights(trainer, cast(Any, _OnCpu()), 2)
+    called, weights = setup.make_weights(trainer, on_cpu(trainer), 2)
     with torch.no_grad():
         for name, param in weights.params.items():
             if "lora_B" in name:

@@ -41,6 +41,7 @@ OUR_LINES = [
     r"cache: \d+ reused, \d+ encoded, \d+ repaired in \d+:\d\d:\d\d",
     r"LoRA on \d+ linear layers",
     r"sigma shift .+",
+    r"model\.quantize: quanto-int2: .+",
     r"\d+ blocks wait in host memory \(\S+ GiB\), \d+ stay",
     r"starting from an adapter: \d+ of \d+ tensors matched",
     r"resumed from checkpoint-\d{6}",
@@ -232,6 +233,26 @@ class Project:
             stderr=subprocess.PIPE,
             text=True,
         )
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Data:
+    """Data sets that tests read and never write."""
+    return write_data(tmp_path_factory.mktemp("tiny_data"))
+
+
+@pytest.fixture(scope="session")
+def shared_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One cache for all tests that do not look at caching itself."""
+    return tmp_path_factory.mktemp("tiny_cache")
+
+
+@pytest.fixture
+def project(
+    tmp_path: Path, tiny_model: Path, tiny_data: Data, shared_cache: Path, capfd: pytest.CaptureFixture[str]
+) -> Project:
+    """A config in an empty folder, and runs of it."""
+    return Project(tmp_path, tiny_model, tiny_data, shared_cache, capfd)
 
 
 def own_memory(pipe: Any) -> Any:

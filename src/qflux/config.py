@@ -223,6 +223,9 @@ class TrainConfig(Section):
     ema: EmaConfig | None = Field(default=None, description="average of the weights, {} = on with defaults; null = off")
     checkpointing_steps: Positive = Field(default=500, description="optimizer steps between checkpoints")
     checkpoints_total_limit: Positive | None = Field(default=5, description="checkpoints kept; null = all")
+    peer_timeout: AboveZero = Field(
+        default=120.0, description="seconds without a sign of life after which another process counts as lost"
+    )
     max_skipped_steps: Positive = Field(default=10, description="non-finite steps in a row before the run stops")
 
     @field_validator("lr_scheduler")

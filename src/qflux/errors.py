@@ -9,6 +9,8 @@ class QfluxError(Exception):
     """An expected failure: its text is the whole message, without a traceback."""
 
     exit_code = USER
+    told = False  # whether another process of the run has told people already
+    abrupt = False  # whether the process must end without tidying up: libraries would wait for a peer that is gone
 
 
 class UserError(QfluxError):

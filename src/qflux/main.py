@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -12,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qflux.config import Config, load_config
-from qflux.errors import BUG, DONE, QfluxError, UserError
-from qflux.io.progress import say
+from qflux.errors import BUG, DONE, Interrupted, QfluxError, UserError
+from qflux.io.progress import say, speak_as, speaker
 from qflux.runtime.signals import StopSignal, die_with_parent
 from qflux.trainer.early import NO_MASKS, early_problems, scan_all, scan_held_out
 
@@ -82,7 +83,8 @@ def check(config: Config, trainer_class: type[BaseTrainer], args: argparse.Names
 
     out = args.out or Path(config.logging.output_dir) / config.logging.tracker_project_name
     report = check_data(config.data, trainer_class.family, out_dir=out, progress=not args.json)
-    others = [*early_problems(config, trainer_class.family), *scan_held_out(config, trainer_class.family)[1]]
+    others = [*early_problems(config, trainer_class.family), *model_problems(config, trainer_class)]
+    others += scan_held_out(config, trainer_class.family)[1]
     notes = (*report.notes, *([NO_MASKS] if config.train.loss.mask_loss and not report.masks else []))
     report = replace(report, problems=tuple(dict.fromkeys([*others, *report.problems])), notes=notes)
     say(report.to_json() if args.json else report.text())
@@ -98,9 +100,32 @@ def plan(config: Config, trainer_class: type[BaseTrainer], args: argparse.Namesp
         memory = None if args.memory is None else memory_bytes(args.memory)
     except ValueError as error:
         raise UserError(f"--memory: found {args.memory}, {error}") from None
+    problems = model_problems(config, trainer_class, deep=False)
+    if problems:
+        raise UserError(*problems)
     found = make_plan(config, trainer_class, memory=memory)
     say(found.to_json() if args.json else found.text())
     return UserError.exit_code if found.problems else DONE
+
+
+def model_problems(config: Config, trainer_class: type[BaseTrainer], deep: bool = True) -> list[str]:
+    """What training would refuse of the model, one line each; of a folder on this machine also that it is incomplete.
+
+    deep  also what the plan finds of itself: formats on the disk, blocks to offload
+    """
+    from qflux.models.model_folder import folder_problems, model_class, needed_components
+    from qflux.tools.plan import planned_problems
+
+    folder = Path(config.model.pretrained_model_name_or_path).expanduser()
+    try:
+        if folder.is_dir():
+            problems = folder_problems(folder, needed_components(trainer_class.family))
+            if problems:
+                return problems
+            refuse_other_kind(config, trainer_class, model_class(folder))
+        return planned_problems(config, trainer_class) if deep else []
+    except UserError as error:
+        return list(error.problems)
 
 
 def share(config: Config, trainer_class: type[BaseTrainer], args: argparse.Namespace) -> int:
@@ -145,15 +170,12 @@ def run(args: argparse.Namespace, stop: StopSignal) -> int:
     problems = early_problems(config, trainer_class.family) + found
     if problems:
         raise UserError(*problems)
-    from qflux.models.loading import model_class, resolve_model, torch_dtype
+    from qflux.models.loading import resolve_model, torch_dtype
     from qflux.models.memory_rules import stored_problems
+    from qflux.models.model_folder import model_class, needed_components
 
-    components = [name for stage in trainer_class.family.stages for name in stage.components]
-    folder = resolve_model(
-        config.model.pretrained_model_name_or_path,
-        config.model.revision,
-        [*components, "scheduler", trainer_class.family.denoiser],
-    )
+    wanted = needed_components(trainer_class.family)
+    folder = resolve_model(config.model.pretrained_model_name_or_path, config.model.revision, wanted)
     refuse_other_kind(config, trainer_class, model_class(folder))
     problems = stored_problems(config, trainer_class.family, folder)
     if problems:
@@ -175,17 +197,34 @@ def run(args: argparse.Namespace, stop: StopSignal) -> int:
     return DONE
 
 
+def tell(error: QfluxError) -> None:
+    """Print the lines of an error; of several processes only those that know something the first does not."""
+    rank, met = speaker()
+    if not met and os.environ.get("LOCAL_RANK", "0") != "0":
+        return  # found before the processes met: the first of this machine reads the same files
+    if error.told or (rank and isinstance(error, Interrupted)):
+        return
+    mark = f"[process {rank}] " if rank else ""
+    for line in str(error).splitlines():
+        print(f"{mark}{line}", file=sys.stderr)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run and turn expected failures into one line and an exit code."""
-    die_with_parent()
+    if die_with_parent():  # torch's C++ warnings are for its developers, and each process would print them
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    speak_as(int(os.environ.get("RANK", "0")), met=False)
     args = parse(argv)
     stop = StopSignal(eager=True)  # until there is something to save
     try:
         with stop:
             return run(args, stop)
     except QfluxError as error:
-        for line in str(error).splitlines():
-            print(line, file=sys.stderr)
+        tell(error)
+        if error.abrupt:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(error.exit_code)
         return error.exit_code
     except KeyboardInterrupt:
         say("interrupted at once")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -17,6 +17,23 @@ if TYPE_CHECKING:
 
 Size = tuple[int, int]  # (H, W), pixels
 ShapeKey = tuple[Size, ...]  # the target's size, then each control's
+
+
+class Crew(Protocol):
+    """The processes of a run as one of them sees them; all call ``share`` and ``gather`` in the same order.
+
+    ``lockstep`` tells that the network is spread over them: all have to make the same calls of it.
+    """
+
+    rank: int
+    processes: int
+    lockstep: bool
+
+    def share(self, make: Callable[[], Any]) -> Any:
+        """The JSON value that ``make`` gives on process 0, on all; what it raises is raised on all."""
+
+    def gather(self, make: Callable[[], Any]) -> list[Any]:
+        """The JSON values that ``make`` gives on each process, on all; the first failure is raised on all."""
 
 
 @dataclass(frozen=True)

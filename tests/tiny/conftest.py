@@ -9,33 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_project import Data, Project, write_data
+from tiny_project import project, shared_cache, tiny_data  # noqa: F401 (fixtures)
 
 from qflux.config import load_config
 from qflux.demo import DEMOS
 from qflux.io.quiet import quiet_imports
 from qflux.main import import_trainer
 from qflux.validation import oracle
-
-
-@pytest.fixture(scope="session")
-def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Data:
-    """Data sets that tests read and never write."""
-    return write_data(tmp_path_factory.mktemp("tiny_data"))
-
-
-@pytest.fixture(scope="session")
-def shared_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One cache for all tests that do not look at caching itself."""
-    return tmp_path_factory.mktemp("tiny_cache")
-
-
-@pytest.fixture
-def project(
-    tmp_path: Path, tiny_model: Path, tiny_data: Data, shared_cache: Path, capfd: pytest.CaptureFixture[str]
-) -> Project:
-    """A config in an empty folder, and runs of it."""
-    return Project(tmp_path, tiny_model, tiny_data, shared_cache, capfd)
 
 
 def _write_kontext(folder: Path) -> None:

@@ -15,7 +15,7 @@ from tiny_project import Project, adapter_bytes, checkpoint, differing, finish, 
 from qflux.io.quiet import quiet_imports
 from qflux.runtime import signals
 from qflux.runtime.checkpoint import list_checkpoints, verify_checkpoint
-from qflux.trainer import loop
+from qflux.trainer import loop, state
 from qflux.trainer.base_trainer import BaseTrainer
 from qflux.trainer.flux_kontext_trainer import FluxKontextTrainer
 from qflux.validation.held_out import HeldOut
@@ -43,7 +43,7 @@ PHASES: dict[str, tuple[Callable[[], Any], str, int, int]] = {
     "first-step": (lambda: BaseTrainer, "step", 1, 1),
     "mid-step": (lambda: BaseTrainer, "step", 6, 3),
     "samples": (pipeline_class, "__call__", 2, 2),
-    "saving": (lambda: loop, "write_weights", 1, 2),
+    "saving": (lambda: state.Files, "write", 1, 2),
 }
 
 

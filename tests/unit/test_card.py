@@ -386,3 +386,15 @@ def test_the_example_call_without_samples(config: Any) -> None:
             raise FileNotFoundError("model_index.json")
 
     assert example_call(Reader, config(logging__validation__samples=[])) == Call()
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        ({"model__quantize": "bnb-nf4"}, "base bfloat16, its blocks bnb-nf4, adapter float32"),
+        ({"model__lora": None}, "weights in float32, computed in bfloat16"),
+    ],
+)
+def test_the_precision_tells_the_bases_format(config: Any, model: dict[str, Any], expected: str) -> None:
+    text = write_card(FACTS, config(**model), EDITS)
+    assert f"| precision | {expected} |" in text

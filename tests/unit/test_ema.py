@@ -98,6 +98,3 @@ def test_state_of_other_parameters_is_refused():
     lone = Ema({"a": torch.nn.Parameter(torch.zeros(5, 3))}, decay=0.9)
     with pytest.raises(UserError, match=r"1 differ, e\.g\. b"):
         lone.load(state)
-    wide = Ema({name: torch.nn.Parameter(torch.zeros(2)) for name in ("a", "b")}, decay=0.9)
-    with pytest.raises(UserError, match="2 differ"):
-        wide.load(state)

@@ -51,7 +51,9 @@ def test_the_tested_set_fits_every_machine() -> None:
 
 @pytest.mark.skipif(not os.environ.get("CI"), reason="only a fresh environment has exactly the tested set")
 def test_the_environment_is_the_tested_set() -> None:
-    installed = {str(canonicalize_name(d.name)): Version(d.version).public for d in importlib.metadata.distributions()}
+    # Whoever imports setuptools puts the packages that it brings along on the path.
+    found = [d for d in importlib.metadata.distributions() if "_vendor" not in str(d.locate_file(""))]
+    installed = {str(canonicalize_name(d.name)): Version(d.version).public for d in found}
     assert {n: str(v) for n, v in pins().items() if n in installed} == {
         n: installed[n] for n in pins() if n in installed
     }
@@ -87,7 +89,7 @@ def test_single_config_starts_one_process() -> None:
 
 def test_the_budget_table_is_read() -> None:
     budgets = read_budgets((ROOT / "CONTRIBUTING.md").read_text())
-    assert budgets == {"tests/unit": 300, "tests/tiny": 1200, "tests/faults": 120, "tests/gpu": 0}
+    assert budgets == {"tests/unit": 450, "tests/tiny": 1200, "tests/faults": 300, "tests/gpu": 0}
 
 
 STUB = """#!/usr/bin/env bash

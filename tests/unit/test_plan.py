@@ -186,6 +186,46 @@ def test_every_phase_that_a_config_asks_for():
     assert uncached.disk.cache is None
 
 
+def phase_of(found, name):
+    return next(phase for phase in found.phases if phase.name == name)
+
+
+def drawn(size=None, controls=(), **changes):
+    sample = {"prompt": "a", "controls": list(map(str, controls))} | ({"size": size} if size else {})
+    return plan_of(config_of(logging__validation={"steps": 10, "samples": [sample]}, **changes))
+
+
+def test_samples_are_drawn_in_their_own_sizes(project_data):
+    usual = drawn()
+    assert usual.data.drawn[0].target == (1024, 1024), "the rule of the data section"
+    large, small = drawn([2048, 2048]), drawn([512, 512])
+    assert (large.data.drawn[0].target, small.data.drawn[0].target) == ((2048, 2048), (512, 512))
+    sizes = [phase_of(found, "drawing samples").parts["activations"] for found in (small, usual, large)]
+    assert sizes == sorted(set(sizes))
+    assert large.phases[-3].bytes == usual.phases[-3].bytes, "the step is none the larger"
+    controls = sorted((project_data.held / "control_images").glob("*.png"))[:1]
+    one = drawn([512, 512], controls)
+    assert len(one.data.drawn[0].controls) == 1
+    assert one.data.drawn[0].tokens.image > small.data.drawn[0].tokens.image
+    lost = drawn([512, 512], [project_data.held / "lost.png"])
+    assert lost.data.drawn == (lost.data.shapes[0],)
+    assert any(note.startswith("drawn as the training samples: sample 0: ") for note in lost.notes)
+
+
+def test_the_held_out_loss_is_measured_in_the_held_out_sets_shapes(project_data):
+    def held_out(path):
+        validation = {"steps": 10, "held_out": str(path)}
+        return plan_of(config_of(data__target_size=None, logging__validation=validation))
+
+    here, away = held_out(project_data.held), held_out("nowhere/held")
+    assert [shape.target for shape in here.data.held_out] == [(64, 64)]
+    assert away.data.held_out == ()
+    assert "held-out set not read: nowhere/held is not on this machine; shapes are those of training" in away.notes
+    assert not any("held-out" in note for note in here.notes)
+    sizes = [phase_of(found, "held-out loss").parts["activations"] for found in (here, away)]
+    assert sizes[0] < sizes[1] / 10
+
+
 def test_what_makes_memory_smaller():
     found = plan_of(config_of("Flux2"))
     setup = setup_of(found.config)
@@ -217,7 +257,8 @@ def test_the_ladder_finds_a_setup_that_fits_and_no_needless_rung(trainer, memory
     assert advice.fits == (not advice.changes)
     if not advice.reached:
         assert advice.peak.needed > advice.memory
-        assert "is not enough; all of this still needs" in found.text()
+        said = " ".join(found.text().split())
+        assert "is not enough, and no setting makes it so; all of this still needs" in said
         return
     assert fits(found.estimate, advice.setup, advice.memory)
     assert advice.peak.needed <= advice.memory
@@ -275,7 +316,7 @@ def test_a_run_that_cannot_fit_is_refused_with_what_to_change():
     assert ", or leave logging.validation.held_out out, or " in lines["memory: held-out loss"]
     assert ", or leave logging.validation.samples out, or " in lines["memory: drawing samples"]
     assert "; set " in lines["memory: drawing samples"]
-    assert "; lower data.target_size or data.batch_size, or " in lines["memory: held-out loss"]
+    assert "; set " in lines["memory: held-out loss"]
     assert all("; lower data.target_size or data.batch_size, or " in line for line in found.refusal(1 * GIB))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -154,6 +155,63 @@ def test_problems_are_part_of_the_plan(capsys):
     assert [line.split(":")[1].strip() for line in out.splitlines() if line.startswith("problem: ")] == keys
 
 
+def lost_shard(model):
+    weights = {"weight_map": {"a": "model-00001-of-00002.safetensors"}}
+    (model / "transformer" / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(weights))
+
+
+def no_weights(model):
+    for path in (model / "vae").glob("*.safetensors"):
+        path.unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (lambda model: shutil.rmtree(model / "text_encoder_2"), "has no component folder text_encoder_2; found: "),
+        (lambda model: shutil.rmtree(model / "vae"), "has no component folder vae; found: "),
+        (lost_shard, "lacks model-00001-of-00002.safetensors, which "),
+        (lambda model: (model / "transformer" / "config.json").write_text("{"), "config.json cannot be read: "),
+        (lambda model: (model / "text_encoder" / "config.json").write_text("[1]"), "found no JSON object"),
+        (lambda model: (model / "model_index.json").write_text("[]"), "model_index.json cannot be read: "),
+        (
+            lambda model: (model / "model_index.json").write_text('{"_class_name": "FluxPipeline"}'),
+            "found a model of FluxPipeline, train.trainer: FluxKontext is for FluxKontextPipeline; use train.trainer: ",
+        ),
+        (no_weights, "holds no safetensors weights; fetch it again"),
+    ],
+    ids=["encoder", "vae", "shard", "json", "list", "index", "kind", "weights"],
+)
+def test_an_incomplete_model_is_refused_by_plan_and_check(damage, told, tmp_path, tiny_model, project_data, capfd):
+    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    damage(model)
+    project = tiny_project.Project(tmp_path, model, project_data, tmp_path / "cache", capfd)
+    for mode in ("--plan", "--check"):
+        done = project.run(mode)
+        assert done.code == 2, mode
+        lines = [line for line in " ".join((done.out + done.err).split()).split(f"{MODEL}: ")[1:] if told in line]
+        assert len(lines) == 1, (mode, done)
+        assert "Traceback" not in done.err
+
+
+def test_a_whole_model_has_no_problem(project):
+    assert project.run("--plan").code == 0
+    assert project.run("--check").code == 0
+
+
+def test_check_refuses_what_training_refuses_of_the_model(project, tmp_path):
+    done = project.run("--check", "train.offload_blocks=5")
+    assert done.code == 2
+    assert "train.offload_blocks: found 5, expected 0 to 4, the network's blocks" in done.out
+    model = Path(shutil.copytree(project.model, tmp_path / "packed"))
+    file = model / "transformer" / "config.json"
+    told = {"quantization_config": {"quant_method": "strange"}}
+    file.write_text(json.dumps(json.loads(file.read_text()) | told))
+    done = project.run("--check", f"{MODEL}={model}")
+    assert done.code == 2
+    assert "holds weights quantized by strange" in done.out
+
+
 @pytest.fixture(scope="module")
 def project_data(tmp_path_factory):
     return tiny_project.write_data(tmp_path_factory.mktemp("data"))
@@ -189,7 +247,7 @@ def checked(project, capfd, *words, trainer=None, folder=None):
 
 
 def test_the_open_data_set_is_not_read_again(project, capfd, monkeypatch):
-    for module in ("plan", "plan_data"):
+    for module in ("plan_validation", "plan_data"):
         monkeypatch.setattr(f"qflux.tools.{module}.scan", lambda *args, **kwargs: pytest.fail("reads it again"))
     held = f"logging.validation={{steps: 2, held_out: {project.data.held}}}"
     lines = checked(project, capfd, held)
@@ -200,7 +258,7 @@ def test_the_open_data_set_is_not_read_again(project, capfd, monkeypatch):
 
 def test_a_limit_of_none_tries_it_all_the_same(project, capfd, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1 << 20, GIB))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 << 20, GIB))
     with pytest.raises(UserError, match=r"memory: training step needs about .*, the device has 601\.0 MiB; "):
         checked(project, capfd)
     assert len(checked(project, capfd, "train.memory_limit=none")) == 2
@@ -212,9 +270,9 @@ def test_the_memory_that_a_plan_must_fit(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert memory_to_fit(None) is None
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (20 * GIB, 24 * GIB))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (20 * GIB, 24 * GIB))
     assert memory_to_fit(None) == 20 * GIB + CONTEXT
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (24 * GIB - 1, 24 * GIB))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (24 * GIB - 1, 24 * GIB))
     assert memory_to_fit(None) == 24 * GIB
     assert memory_to_fit("none") is None
 

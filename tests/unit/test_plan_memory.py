@@ -31,6 +31,7 @@ from qflux.tools.plan_memory import (
     adapter_shapes,
     folder_layout,
     known_layouts,
+    list_bytes,
     state_bytes,
     weight_bytes,
 )
@@ -165,6 +166,43 @@ def test_a_folder_that_is_quantized_already_stays_as_it_is(method, tmp_path):
     packed = sum(tensor.nbytes for tensor in tensors.values())
     assert weight_bytes(layout, None, 2) == packed
     assert packed < 2 * 32 * 64 * 2
+
+
+def test_blocks_of_which_only_some_are_quantized_on_the_disk_are_summed_one_by_one(tmp_path):
+    """Published 4-bit repositories leave single layers of single blocks plain, often those of the first."""
+    with quiet_imports():
+        saved = quantize.quantized(torch.nn.Linear(64, 32, bias=False), "bnb-nf4").state_dict()
+    plain = {"weight": torch.zeros(32, 64, dtype=torch.bfloat16)}
+    (tmp_path / "transformer").mkdir()
+    told = {"quantization_config": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}}
+    (tmp_path / "transformer" / "config.json").write_text(json.dumps(told))
+    blocks = [plain if i in (0, 3) else saved for i in range(5)]
+    tensors = {f"blocks.{i}.up.{name}": t.clone() for i, block in enumerate(blocks) for name, t in block.items()}
+    save_tensors(tmp_path / "transformer" / "model.safetensors", tensors)
+    layout = folder_layout(tmp_path, "transformer")
+    assert layout.blocks == {"blocks": (5, {"up.weight": (32, 64)})}
+    held = [sum(tensor.nbytes for tensor in block.values()) for block in blocks]
+    assert held[0] != held[1]
+    assert list_bytes(layout, "blocks", None, 2) == held
+    assert weight_bytes(layout, None, 2) == sum(held)
+
+
+def test_layers_kept_in_one_block_are_kept_in_that_block():
+    layout = Layout("Net", "test", {}, {"blocks": (2, {"up.weight": (64, 64)})})
+    plain, packed = 2 * 4096, 4096 + 4 * 64
+    assert list_bytes(layout, "blocks", "bnb-int8", 2, ("blocks.0.up",)) == [plain, packed]
+    assert list_bytes(layout, "blocks", "bnb-int8", 2) == [packed, packed]
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", ""])
+def test_a_broken_config_of_a_component_is_one_line(text, tmp_path):
+    (tmp_path / "net").mkdir()
+    save_tensors(tmp_path / "net" / "a.safetensors", {"x": torch.zeros(2)})
+    (tmp_path / "net" / "config.json").write_text(text)
+    with pytest.raises(
+        UserError, match=r"^model\.pretrained_model_name_or_path: .*config\.json cannot be read: [^\n]*$"
+    ):
+        folder_layout(tmp_path, "net")
 
 
 LOADED = [("flux_kontext", ["transformer", "vae"]), ("flux2", ["transformer", "vae", "text_encoder"]),

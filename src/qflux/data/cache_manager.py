@@ -16,8 +16,8 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, suppress
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, ExitStack, suppress
+from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Protocol
@@ -27,7 +27,7 @@ from qflux.data.entry import CacheDamaged, read_entry
 from qflux.errors import UserError
 from qflux.io import atomic, digests, locks
 from qflux.io.progress import Progress
-from qflux.types import EditSample, EncodedSample, EncodeStage, SampleSpec
+from qflux.types import Crew, EditSample, EncodedSample, EncodeStage, SampleSpec
 
 __all__ = ["SCHEMA", "CacheDamaged", "CacheManager", "CacheMiss", "CacheReport", "Load", "read_entry"]
 
@@ -73,7 +73,7 @@ class _Survey:
     """Stage name → {key: position} of the entries to be made; those among them that were damaged; how many are good."""
 
     todo: dict[str, dict[str, int]]
-    damaged: set[str] = field(default_factory=set)
+    damaged: dict[str, bool] = field(default_factory=dict)
     reused: int = 0
     complete: bool = True
 
@@ -179,7 +179,7 @@ class CacheManager:
             return
         survey.todo[stage][key] = position
         if damaged:
-            survey.damaged.add(f"{stage}/{key}")
+            survey.damaged[f"{stage}/{key}"] = True
 
     def _readable(self, path: Path, stage: str, key: str) -> bool:
         try:
@@ -220,6 +220,8 @@ class CacheManager:
         *,
         verify: bool,
         stop: Callable[[], bool],
+        crew: Crew | None = None,
+        wait: float = 0.0,
     ) -> CacheReport:
         """Make every entry that ``specs`` need and the cache lacks; can be killed anywhere and run again.
 
@@ -227,20 +229,49 @@ class CacheManager:
         entered once for each stage that lacks an entry, one at a time. ``load(position, pixels)`` makes the sample (on
         one other thread, a little ahead); ``pixels`` is False where the stage reads only the prompt. ``verify`` reads
         what is there too. ``stop()`` is asked before each entry. Raises ``Locked`` when another process writes,
-        ``NoSpace``, and ``UserError`` naming the samples that failed (up to a few; what was encoded is kept).
+        for longer than ``wait`` seconds, ``NoSpace``, and ``UserError`` naming the samples that failed (up to a few;
+        what was encoded is kept).
+
+        With a ``crew`` all its processes call this with equal arguments and fill the cache side by side, each entry
+        once: the first surveys and holds the lock for all, and all get the same report.
         """
         start = time.monotonic()
-        with self._filling:
-            survey = self._survey(specs, verify, stop)
-            report = CacheReport(survey.reused, interrupted=not survey.complete)
-            if survey.complete and survey.total:
-                with locks.hold(self.root / ".lock", f"the cache {self.root}"):
-                    self._sweep()
-                    survey = self._survey_again(survey)
-                    report.reused = survey.reused
-                    with Progress(survey.total, "caching") as bar:
-                        _Filling(self, specs, load, stop, survey, report, bar).run(open_stage)
+        with self._filling, ExitStack() as held:
+            if crew is None or crew.processes == 1:
+                survey = self._opened(specs, verify, stop, held, wait)
+                report = self._filled(survey, specs, load, stop, open_stage)
+            else:
+                survey = _Survey(**crew.share(lambda: asdict(self._opened(specs, verify, stop, held, wait))))
+                mine = replace(survey, todo={k: _dealt(v, crew) for k, v in survey.todo.items()}, reused=0)
+                done = crew.gather(lambda: asdict(self._filled(mine, specs, load, stop, open_stage)))
+                report = CacheReport(survey.reused, *(sum(part[k] for part in done) for k in ("encoded", "repaired")))
+                report.interrupted = any(part["interrupted"] for part in done)
         report.seconds = time.monotonic() - start
+        return report
+
+    def _opened(
+        self, specs: Sequence[SampleSpec], verify: bool, stop: Callable[[], bool], held: ExitStack, wait: float
+    ) -> _Survey:
+        """What is to be made; the cache is locked when that is anything."""
+        survey = self._survey(specs, verify, stop)
+        if survey.complete and survey.total:
+            held.enter_context(locks.hold(self.root / ".lock", f"the cache {self.root}", wait))
+            self._sweep()
+            survey = self._survey_again(survey)
+        return survey
+
+    def _filled(
+        self,
+        survey: _Survey,
+        specs: Sequence[SampleSpec],
+        load: Load,
+        stop: Callable[[], bool],
+        open_stage: Callable[[EncodeStage], AbstractContextManager[Encode]],
+    ) -> CacheReport:
+        report = CacheReport(survey.reused, interrupted=not survey.complete)
+        if survey.complete and survey.total:
+            with Progress(survey.total, "caching") as bar:
+                _Filling(self, specs, load, stop, survey, report, bar).run(open_stage)
         return report
 
     def _survey_again(self, survey: _Survey) -> _Survey:
@@ -278,6 +309,11 @@ class CacheManager:
         atomic.write_bytes(path, entry.pack(named, metadata))
         with suppress(FileNotFoundError):
             os.unlink(f"{path}{_MARK}")
+
+
+def _dealt(keys: Mapping[str, int], crew: Crew) -> dict[str, int]:
+    """This process's share of the entries to be made."""
+    return dict(list(keys.items())[crew.rank :: crew.processes])
 
 
 def _names(folder: Path) -> set[str]:

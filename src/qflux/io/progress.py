@@ -11,13 +11,34 @@ from typing import Any
 
 _EVERY = 10.0  # seconds between plain lines
 _bars: list[Progress] = []
+_process = 0  # rank of this process in a run; 0 talks for all
+_met = False  # whether the processes of the run have met
 
 
-def say(text: str) -> None:
+def speak_as(process: int, met: bool) -> None:
+    """From now on this is process ``process`` of a run of several: all but 0 are silent and show no progress.
+
+    ``met`` tells that they form a group: what one finds from then on the others may not know.
+    """
+    global _process, _met
+    _process, _met = process, met
+
+
+def speaker() -> tuple[int, bool]:
+    """What ``speak_as`` was told last."""
+    return _process, _met
+
+
+def say(text: str, everywhere: bool = False) -> None:
     """Print one plain line of ours to stdout, above a live bar if there is one.
 
-    Nothing about a line ends a run: what the encoding lacks is escaped, and when nobody reads any more it is dropped.
+    Of several processes the first talks for all; with ``everywhere`` each tells what only it can know, its rank before
+    the line. Nothing about a line ends a run: what the encoding lacks is escaped, and when nobody reads any more it is
+    dropped.
     """
+    if _process and not everywhere:
+        return
+    text = f"[process {_process}] {text}" if _process else text
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     text = text.encode(encoding, "backslashreplace").decode(encoding)
     try:
@@ -51,7 +72,7 @@ class Progress:
     def __init__(self, total: int, label: str, unit: str = "it", enabled: bool = True, done: int = 0) -> None:
         self.total, self.label, self.done = total, label, done
         self._unit = "" if unit == "it" else " " + unit
-        self._enabled = enabled and total > done
+        self._enabled = enabled and total > done and not _process
         self._begin = done
         self._fields: dict[str, object] = {}
         self._start = self._last = time.monotonic()

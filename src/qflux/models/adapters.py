@@ -21,6 +21,7 @@ from qflux.errors import UserError
 from qflux.io.atomic import write_json
 from qflux.io.quiet import quiet_imports
 from qflux.io.tensors import load_tensors, read_metadata, save_tensors
+from qflux.models.quantized_layers import Quantized
 from qflux.models.targets import KEY, select_targets
 from qflux.randomness import Purpose, generator
 from qflux.types import Family
@@ -102,11 +103,15 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: param for name, param in sorted(model.named_parameters()) if param.requires_grad}
 
 
-def adapter_state(model: nn.Module) -> dict[str, Tensor]:
-    """The adapter's tensors by their saved names (without the adapter's own name), fp32 on the CPU."""
+def adapter_state(model: nn.Module, values: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """The adapter's tensors by their saved names (without the adapter's own name), fp32 on the CPU.
+
+    ``values`` are other values of the trained parameters, by their names in the model.
+    """
     with quiet_imports():
         from peft import get_peft_model_state_dict
-    state = get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)
+    given = None if values is None else dict(values)
+    state = get_peft_model_state_dict(model, given, adapter_name=ADAPTER, save_embedding_layers=False)
     return {name: state[name].detach().to("cpu", torch.float32).contiguous() for name in sorted(state)}
 
 
@@ -117,14 +122,22 @@ def adapter_metadata(model: Any, prefix: str) -> str:
     return json.dumps(plain, indent=2, sort_keys=True)
 
 
-def save_adapter(target: Path, model: nn.Module, *, family: Family, info: Mapping[str, str]) -> Path:
+def save_adapter(
+    target: Path,
+    model: nn.Module,
+    *,
+    family: Family,
+    info: Mapping[str, str],
+    values: Mapping[str, Tensor] | None = None,
+) -> Path:
     """Write the adapter to ``target`` (a ``.safetensors`` file, or the folder that gets one) and return the file.
 
-    ``info`` is added to the metadata as strings; it should hold no path, prompt or time.
+    ``info`` is added to the metadata as strings; it should hold no path, prompt or time. ``values`` as in
+    ``adapter_state``.
     """
     path = target if target.suffix == ".safetensors" else target / WEIGHTS_FILE
     path.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {f"{family.denoiser}.{name}": value for name, value in adapter_state(model).items()}
+    tensors = {f"{family.denoiser}.{name}": value for name, value in adapter_state(model, values).items()}
     metadata = {**info, "format": "pt", METADATA_KEY: adapter_metadata(model, family.denoiser)}
     save_tensors(path, tensors, metadata)
     return path
@@ -141,9 +154,9 @@ def _plain_names(tensors: Mapping[str, Tensor], known: Mapping[str, Tensor]) -> 
     return {plain(name): value for name, value in tensors.items()}
 
 
-def verify_adapter(path: Path, model: nn.Module) -> tuple[int, int]:
+def verify_adapter(path: Path, model: nn.Module, values: Mapping[str, Tensor] | None = None) -> tuple[int, int]:
     """Read an adapter file back: (tensors equal to the model's in name, shape and bits; tensors the model has)."""
-    state = adapter_state(model)
+    state = adapter_state(model, values)
     saved = _plain_names(load_tensors(path), state)
     return sum(name in saved and torch.equal(saved[name], value) for name, value in state.items()), len(state)
 
@@ -154,18 +167,29 @@ def load_adapter(path: Path, model: Any) -> tuple[int, int]:
     Raises UserError when a tensor is missing, unexpected or of another shape, or when the file's alpha / rank differs
     from the model's: the same tensors would then be another adapter.
     """
+    own, values = dict(model.named_parameters()), read_adapter(path, model)
+    with torch.no_grad():
+        for name, value in values.items():
+            own[name].copy_(value)
+    return len(values), len(values)
+
+
+def read_adapter(path: Path, model: Any, values: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """Name of the model's parameter → tensor of an adapter file; refused as ``load_adapter`` says.
+
+    ``values`` are the model's trained parameters where they are not whole in it.
+    """
     path = _adapter_file(path)
-    state = adapter_state(model)
+    state = adapter_state(model, values)
     found = _plain_names(load_tensors(path), state)
     _refuse_mismatch(path, found, state)
     _refuse_other_scaling(path, model)
-    own = dict(model.named_parameters())
-    with torch.no_grad():
-        for name, value in found.items():
-            stem, dot, last = name.rpartition(".")
-            full = f"{name}.{ADAPTER}.weight" if last == "lora_magnitude_vector" else f"{stem}.{ADAPTER}{dot}{last}"
-            own[full].copy_(value)
-    return len(found), len(state)
+    return {_full_name(name): value for name, value in found.items()}
+
+
+def _full_name(name: str) -> str:
+    stem, dot, last = name.rpartition(".")
+    return f"{name}.{ADAPTER}.weight" if last == "lora_magnitude_vector" else f"{stem}.{ADAPTER}{dot}{last}"
 
 
 def _adapter_file(path: Path) -> Path:
@@ -238,8 +262,8 @@ def rounded_copy(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     layers = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)] if dtype != torch.float32 else []
     try:
         for layer in layers:
-            weight: Any = layer.get_base_layer().weight
-            base = weight.dtype
+            plain: Any = layer.get_base_layer()
+            base = plain.weight_dtype if isinstance(plain, Quantized) else plain.weight.dtype
             for owner, name, param in _adapter_parameters(layer):
                 swapped.append((owner, name, param))
                 cast = param.detach().to(base) if base.is_floating_point else param.detach()
@@ -271,11 +295,17 @@ def prepare_full(model: nn.Module) -> list[str]:
     return sorted(name for name, _ in model.named_parameters())
 
 
-def save_full(folder: Path, model: Any, component: str = "transformer") -> Path:
-    """Write the whole network as ``folder/component/``, as ``from_pretrained`` opens it; returns that folder."""
+def save_full(
+    folder: Path, model: Any, component: str = "transformer", values: Mapping[str, Tensor] | None = None
+) -> Path:
+    """Write the whole network as ``folder/component/``, as ``from_pretrained`` opens it; returns that folder.
+
+    ``values`` are other values of parameters, by name.
+    """
+    held = {**model.state_dict(), **(values or {})}
     target = folder / component
     target.mkdir(parents=True, exist_ok=True)
-    state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    state = {name: value.detach().cpu().contiguous() for name, value in held.items()}
     save_tensors(target / FULL_WEIGHTS_FILE, state, {"format": "pt"})
     config = json.loads(model.to_json_string())
     write_json(target / "config.json", {key: value for key, value in config.items() if key != "_name_or_path"})

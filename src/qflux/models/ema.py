@@ -7,7 +7,7 @@ with the parameters in the first update.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -55,13 +55,19 @@ class Ema:
         """All a resume needs, as a tree of numbers and tensors (references, not copies)."""
         return {"updates": self.updates, "average": dict(self.average)}
 
-    def load(self, state: Mapping[str, Any]) -> None:
-        """Go back to a ``state()``, bit for bit. Raises UserError when it is of other parameters."""
+    @torch.no_grad()
+    def load(self, state: Mapping[str, Any], fill: Callable[[Any, Any], None] | None = None) -> None:
+        """Go back to a ``state()``, bit for bit. Raises UserError when it is of other parameters.
+
+        ``fill(own, values)`` puts whole values into averages that may be spread over processes; by default it copies.
+        """
         average = state["average"]
         odd = sorted(self.average.keys() ^ average.keys())
-        odd += [name for name, own in self.average.items() if name in average and average[name].shape != own.shape]
         if odd:
             raise UserError(f"the checkpoint's EMA is of other parameters; {len(odd)} differ, e.g. {odd[0]}")
         self.updates = int(state["updates"])
+        if fill is not None:
+            fill(self.average, average)
+            return
         for name, own in self.average.items():
             own.copy_(average[name])

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import inspect
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,11 +19,11 @@ from qflux.errors import UserError
 from qflux.io.digests import blake3_file, blake3_json
 from qflux.io.json_files import read_object
 from qflux.io.quiet import quiet_imports
+from qflux.models.model_folder import KEY, folder_problems, read_index
 
 if TYPE_CHECKING:
     from qflux.io.digests import DigestMemo
 
-KEY = "model.pretrained_model_name_or_path"
 _IDENTITY_SUFFIXES = (".safetensors", ".json", ".txt", ".model", ".jinja")
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _HUB_ID = re.compile(r"[\w][\w.\-]*(/[\w][\w.\-]*)?")
@@ -51,38 +50,10 @@ def resolve_model(name_or_path: str | Path, revision: str | None = None, compone
         if not _HUB_ID.fullmatch(text):
             raise UserError(f"{KEY}: no folder {text}, and this is not a hub id (owner/name) either")
         folder = _download(text, revision, components)
-    missing = [name for name in components if not (folder / name).is_dir()]
-    if missing:
-        found = ", ".join(sorted(path.name for path in folder.iterdir() if path.is_dir())) or "none"
-        raise UserError(f"{KEY}: {name_or_path} has no component folder {', '.join(missing)}; found: {found}")
-    problems = [line for name in components for line in _lost_shards(folder / name)]
+    problems = folder_problems(folder, components, name_or_path)
     if problems:
         raise UserError(*problems)
     return folder
-
-
-def _lost_shards(root: Path) -> list[str]:
-    """Weights files that a component's index names and its folder lacks."""
-    problems = []
-    for index in sorted(root.glob("*.safetensors.index.json")):
-        try:
-            named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, KeyError, AttributeError):
-            problems.append(f"{KEY}: {index} is damaged; fetch it again")
-            continue
-        lost = sorted(name for name in named if not (root / name).is_file())
-        if lost:
-            problems.append(f"{KEY}: {root} lacks {', '.join(lost)}, which {index.name} names; fetch the model again")
-    return problems
-
-
-def model_class(folder: Path) -> str:
-    """The pipeline class that ``model_index.json`` names; UserError where it is missing or damaged."""
-    return str(_index(folder).get("_class_name"))
-
-
-def _index(folder: Path) -> dict[str, Any]:
-    return read_object(folder / "model_index.json", KEY)
 
 
 def _download(name: str, revision: str | None, components: Sequence[str]) -> Path:
@@ -239,7 +210,7 @@ def read_config(folder: Path, component: str) -> dict[str, Any]:
 
 def pipeline_options(folder: Path, pipeline_class: type) -> dict[str, Any]:
     """What ``model_index.json`` says of a pipeline besides its components, in words of its constructor."""
-    index = _index(folder)
+    index = read_index(folder)
     words = inspect.signature(pipeline_class).parameters
     return {name: value for name, value in index.items() if name in words and not isinstance(value, list)}
 

@@ -64,7 +64,7 @@ class Pieces:
             yield place, self.room("numbers", piece.shape).copy_(piece.to(self.dtype))
 
     def _places(self, rows: Tensor) -> Iterator[slice]:
-        step = max(1, _CHUNK // rows.shape[1]) if self.on_cpu else len(rows)
+        step = max(1, _CHUNK // rows.shape[1]) if self.on_cpu else max(1, len(rows))
         for start in range(0, len(rows), step):
             yield slice(start, min(start + step, len(rows)))
 

@@ -41,6 +41,11 @@ class Quantized:
 
     dtype_stored: torch.dtype
 
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        """The dtype of ``weight``, which may have to be made to be looked at."""
+        return self.weight.dtype  # type: ignore[attr-defined]
+
     def packed(self) -> dict[str, Tensor]:
         """Name → tensor of all that stands for the weight, as stored."""
         raise NotImplementedError
@@ -79,6 +84,11 @@ class PackedLinear(Quantized, nn.Linear):
         data = data.view(torch.uint8) if qtype.is_floating_point else data
         for name, value in {"data": data, "scale": scale, "shift": shift}.items():
             self.register_parameter(name, None if value is None else nn.Parameter(value, requires_grad=False))
+
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        """See Quantized."""
+        return self.scale.dtype
 
     def packed(self) -> dict[str, Tensor]:
         """See Quantized."""

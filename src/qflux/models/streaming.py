@@ -34,12 +34,13 @@ def load_streaming(
     cls: type,
     folder: Path,
     component: str,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
     device: torch.device | str = "cpu",
     quantize: str | None = None,
     keep: Sequence[str] = (),
     block_lists: Sequence[str] = (),
     quantize_on: torch.device | str | None = None,
+    mapped: bool = False,
     **options: Any,
 ) -> Any:
     """Load one network as ``load_module`` does, bit for bit: frozen, in eval mode, in ``dtype``; here on ``device``.
@@ -49,7 +50,9 @@ def load_streaming(
     method ``quantize`` of ``qflux.models.quantize``, but for those that ``keep`` names (see ``quantize.choose``) and
     those that the class wants in fp32. Each is quantized on ``quantize_on`` (``device`` when None) before it goes to
     ``device``: a GPU is faster at it even where the weights are to stay on the host. A checkpoint that bitsandbytes
-    quantized is loaded as it is. Every tensor gets memory of its own.
+    quantized is loaded as it is. Every tensor gets memory of its own; with ``mapped`` and on the CPU those that fit
+    stay in the mapped file, for a caller that soon copies every parameter elsewhere (there kernels of the CPU round
+    otherwise). ``dtype`` None: as stored.
     Raises UserError for keys that are missing, unexpected or of another shape, for a quantized checkpoint where
     ``quantize`` asks for a method, and for one in another format.
     """
@@ -61,17 +64,17 @@ def load_streaming(
     in_fp32 = tuple(getattr(cls, "_keep_in_fp32_modules", None) or ())
     place = torch.device(device)
     works_on = torch.device(quantize_on) if quantize_on is not None else place
-    plan = _Plan(dtype, place, quantize, (*keep, *in_fp32), tuple(block_lists), works_on)
+    plan = _Plan(dtype, place, quantize, (*keep, *in_fp32), tuple(block_lists), works_on, mapped)
     if issubclass(cls, ModelMixin):
         with readable(root, cls):
-            model: Any = _skeleton(cls, config, dtype)
+            model: Any = _skeleton(cls, config, dtype or torch.float32)
         with _Checkpoint(root) as checkpoint:
             _refuse_formats(root, "bnb-" if checkpoint.statistics else None, quantize)
             checkpoint.match(model)
             _fill(model, checkpoint, plan, in_fp32)
     else:
         late = quantize is not None and dtype == torch.bfloat16 and _can_be_cast_later(cls, root)
-        model = load_module(cls, folder, component, torch.float32 if late else dtype, **options)
+        model = load_module(cls, folder, component, torch.float32 if late or dtype is None else dtype, **options)
         _take_out(model, plan, dtype if late else None)
     return model.eval().requires_grad_(False)
 
@@ -87,12 +90,13 @@ def _refuse_formats(root: Path, found: str | None, quantize: str | None) -> None
 class _Plan:
     """What to make of the tensors: quantized by ``method`` on ``works_on``, or as they are; all go to ``device``."""
 
-    dtype: torch.dtype
+    dtype: torch.dtype | None
     device: torch.device
     method: str | None
     keep: tuple[str, ...]
     block_lists: tuple[str, ...]
     works_on: torch.device
+    mapped: bool = False
 
     def chosen(self, model: nn.Module) -> list[str]:
         """Names of the layers to quantize."""
@@ -107,8 +111,13 @@ class _Plan:
 
         In a mapped file tensors may lie unaligned, where kernels of the CPU round otherwise.
         """
-        wanted = (dtype or self.dtype) if tensor.is_floating_point() else tensor.dtype
+        wanted = (dtype or self.dtype or tensor.dtype) if tensor.is_floating_point() else tensor.dtype
         return tensor.to(self.device, wanted, copy=True)
+
+    def value(self, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+        """What a network gets of a file's tensor: a copy, or the tensor itself where it may stay mapped and fits."""
+        fits = (dtype or self.dtype) in (None, tensor.dtype) and self.device.type == "cpu"
+        return tensor if self.mapped and fits else self.own(tensor, dtype)
 
 
 class _Checkpoint:
@@ -229,7 +238,7 @@ def _fill(model: nn.Module, checkpoint: _Checkpoint, plan: _Plan, in_fp32: Seque
             _trim()
         else:
             dtype = torch.float32 if any(part in name.split(".") for part in in_fp32) else plan.dtype
-            _place(model.get_submodule(layer), last, plan.own(checkpoint.tensor(key), dtype))
+            _place(model.get_submodule(layer), last, plan.value(checkpoint.tensor(key), dtype))
     for module in model.modules():
         for name, buffer in module._buffers.items():
             module._buffers[name] = None if buffer is None else buffer.to(plan.device)
@@ -246,7 +255,7 @@ def _restored(linear: Any, layer: str, checkpoint: _Checkpoint, plan: _Plan) -> 
     keys = {"weight": checkpoint.names[f"{layer}.weight"], **checkpoint.statistics[layer]}
     parts = {part: checkpoint.tensor(key).to(plan.device, copy=True) for part, key in keys.items()}
     try:
-        return quant.restored(linear, parts, plan.dtype)
+        return quant.restored(linear, parts, plan.dtype or torch.float32)
     except UserError as error:
         raise UserError(f"{KEY}: {checkpoint.root}: {layer}: {error}") from None
 
@@ -286,7 +295,7 @@ def _take_out(model: Any, plan: _Plan, dtype: torch.dtype | None) -> None:
     for name, layer in quant.foreign_layers(model).items():
         parts = {key.removeprefix("weight."): value for key, value in layer.state_dict().items() if key != "bias"}
         parts = {part: value.to(plan.device, copy=True) for part, value in parts.items()}
-        quant.replace(model, name, quant.restored(layer, parts, plan.dtype))
+        quant.replace(model, name, quant.restored(layer, parts, plan.dtype or torch.float32))
     make = plan.quantizer(dtype)
     for name in plan.chosen(model):
         linear: Any = model.get_submodule(name)

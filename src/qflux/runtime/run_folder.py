@@ -27,6 +27,7 @@ from qflux.runtime.tracking import METRICS, trim_metrics
 
 FORMAT = 1
 RECORD = "run.json"
+BATCH = "samples_per_step"  # the key of a run's identity that another number of processes keeps
 LOCK = ".lock"
 _PACKAGES = ("qflux", "torch", "diffusers", "transformers", "peft", "accelerate")
 _ABSENT = "(absent)"
@@ -44,15 +45,31 @@ class RunFolder:
     step: int
     record: dict[str, Any]
     _held: ExitStack = field(default_factory=ExitStack)
+    follower: bool = False
+
+    def told(self) -> dict[str, Any]:
+        """What the other processes of a run must know, as JSON values."""
+        checkpoint = None if self.checkpoint is None else str(self.checkpoint)
+        return {"path": str(self.path), "checkpoint": checkpoint, "step": self.step, "record": self.record}
+
+    @classmethod
+    def followed(cls, told: Mapping[str, Any], own: RunFolder | None) -> RunFolder:
+        """The folder as this process has it: its own, or what the main process has told; that one writes alone."""
+        if own is not None:
+            return own
+        checkpoint = None if told["checkpoint"] is None else Path(told["checkpoint"])
+        return cls(Path(told["path"]), checkpoint, told["step"], told["record"], follower=True)
 
     def note(self, text: str) -> None:
         """Add a line to ``notes`` in run.json: what users of the result must know."""
-        if text not in self.record["notes"]:
+        if text not in self.record["notes"] and not self.follower:
             self.record["notes"].append(text)
             atomic.write_json(self.path / RECORD, self.record)
 
     def finish(self, exit_code: int, reason: str, step: int) -> None:
         """Write how the run ended into run.json and let the lock go."""
+        if self.follower:
+            return
         try:
             self.record.update(exit_code=exit_code, reason=reason, step=step)
             atomic.write_json(self.path / RECORD, self.record)
@@ -80,6 +97,7 @@ def open_run(
     device: str = "cpu",
     data: str | None = None,
     notes: Sequence[str] = (),
+    share: int = 0,
 ) -> RunFolder:
     """The folder of this run, locked, with config.yaml and run.json written; only one process may call this.
 
@@ -87,9 +105,11 @@ def open_run(
     ``resume`` None makes v<K+1>. ``auto`` continues the newest folder that is unfinished, or finished with fewer
     ``max_train_steps``, and of equal identity; there is none: a new folder. A path names a run folder (continued in
     place) or a checkpoint: in place when it is its run's newest, else in a new folder that keeps the metrics up to it.
+    ``share`` is the number of samples of a step that each process takes: a run that was begun with another number of
+    processes keeps its ``samples_per_step`` where that is a multiple of it (0: it must be equal).
     Raises UserError (identity differs, no such checkpoint), Locked (the run lives), NoSpace.
     """
-    wanted = json.loads(json.dumps(identity))
+    wanted = _Identity(json.loads(json.dumps(identity)), share)
     root = Path(config.logging.output_dir) / config.logging.tracker_project_name
     folder: Path | None = None
     checkpoint: Path | None = None
@@ -104,7 +124,7 @@ def open_run(
         atomic.sweep(folder)
         if in_place:
             checkpoint = checkpoint or find_checkpoint(folder)
-        step = _checkpoint_step(checkpoint, wanted)
+        step, settled = _checkpoint_step(checkpoint, wanted)
         if step > config.train.max_train_steps:
             raise UserError(
                 f"train.max_train_steps: found {config.train.max_train_steps}, but {checkpoint} is of step {step}; "
@@ -115,7 +135,7 @@ def open_run(
             raise UserError(*(f"{path}: no checkpoint of this run (no {MANIFEST}); move it away" for path in taken))
         _prepare_metrics(folder, checkpoint, step)
         atomic.write_text(folder / "config.yaml", dump_config(config))
-        record = _record(config, wanted, device, data, step, notes)
+        record = _record(config, settled, device, data, step, notes)
         atomic.write_json(folder / RECORD, record)
         return RunFolder(folder, checkpoint, step, record, stack.pop_all())
 
@@ -142,7 +162,25 @@ def identity_differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> l
     return [f"  {key}: {_shown(old, key)} there, {_shown(new, key)} now" for key in keys]
 
 
-def _choose(root: Path, identity: Mapping[str, Any], max_steps: int) -> Path | None:
+@dataclass(frozen=True)
+class _Identity:
+    """What a resumed run must be equal to; see ``open_run`` for ``share``."""
+
+    values: dict[str, Any]
+    share: int
+
+    def beside(self, there: Mapping[str, Any]) -> dict[str, Any]:
+        """These values, with the samples of a step that another identity has where they can be kept."""
+        old = there.get(BATCH)
+        keep = self.share and isinstance(old, int) and old % self.share == 0
+        return {**self.values, BATCH: old} if keep else self.values
+
+    def differences(self, there: Mapping[str, Any]) -> list[str]:
+        """One line a key that differs."""
+        return identity_differences(there, self.beside(there))
+
+
+def _choose(root: Path, identity: _Identity, max_steps: int) -> Path | None:
     """The folder ``--resume auto`` continues; UserError when only folders of another identity could be."""
     refused: tuple[Path, list[str]] | None = None
     empty: Path | None = None  # of a run that ended before it wrote anything: it must not hide one that got further
@@ -156,7 +194,7 @@ def _choose(root: Path, identity: Mapping[str, Any], max_steps: int) -> Path | N
             continue
         if record.get("exit_code") == DONE and record.get("max_train_steps", 0) >= max_steps:
             continue
-        differences = identity_differences(record.get("identity", {}), identity)
+        differences = identity.differences(record.get("identity", {}))
         if not differences:
             return folder
         refused = refused or (folder, differences)
@@ -165,7 +203,7 @@ def _choose(root: Path, identity: Mapping[str, Any], max_steps: int) -> Path | N
     return empty
 
 
-def _explicit(path: Path, identity: Mapping[str, Any]) -> tuple[Path | None, Path | None]:
+def _explicit(path: Path, identity: _Identity) -> tuple[Path | None, Path | None]:
     """(folder to continue in place, or None for a new one; checkpoint, or None for the newest of that folder)."""
     if (path / MANIFEST).is_file():
         path = path.resolve()
@@ -179,7 +217,7 @@ def _explicit(path: Path, identity: Mapping[str, Any]) -> tuple[Path | None, Pat
     if record is None:
         found = "it has neither run.json nor manifest.json" if path.is_dir() else "there is no such folder"
         raise UserError(f"--resume {path}: {found}; expected auto, a folder v<K> of a run, or a checkpoint in one")
-    differences = identity_differences(record.get("identity", {}), identity)
+    differences = identity.differences(record.get("identity", {}))
     if differences:
         raise _differs(path, differences)
     return path.resolve(), None
@@ -193,14 +231,15 @@ def _differs(folder: Path, differences: list[str]) -> UserError:
     )
 
 
-def _checkpoint_step(checkpoint: Path | None, identity: Mapping[str, Any]) -> int:
+def _checkpoint_step(checkpoint: Path | None, identity: _Identity) -> tuple[int, dict[str, Any]]:
+    """(step of a checkpoint or 0; the identity that the run goes on with)."""
     if checkpoint is None:
-        return 0
+        return 0, identity.values
     manifest = read_manifest(checkpoint)
-    differences = identity_differences(manifest["identity"], identity)
+    differences = identity.differences(manifest["identity"])
     if differences:
         raise _differs(checkpoint, differences)
-    return manifest["step"]
+    return manifest["step"], identity.beside(manifest["identity"])
 
 
 def _prepare_metrics(folder: Path, checkpoint: Path | None, step: int) -> None:

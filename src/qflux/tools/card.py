@@ -189,6 +189,10 @@ def _limits(facts: CardFacts, config: Config) -> str:
     ]
     if facts.held_out is None and not facts.pictures:
         lines.append("- It was not evaluated: there are neither samples nor a held-out loss.")
+    if config.model.quantize:
+        lines.append(
+            f"- Trained and drawn on a base in {config.model.quantize}; on a plain base pictures differ a little."
+        )
     if facts.averaged:
         lines.append("- The weights are the run's moving average, as in the samples.")
     return "\n".join(lines)

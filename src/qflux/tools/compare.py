@@ -28,7 +28,7 @@ from qflux.io.atomic import write_json, write_text
 from qflux.io.tensors import read_metadata
 from qflux.models import adapters
 from qflux.models.loading import free, resolve_model, torch_dtype
-from qflux.parallel.placement import Placement
+from qflux.parallel.placement import take_seat
 from qflux.runtime.checkpoint import find_checkpoint, verify_checkpoint
 from qflux.trainer.early import memo_of
 from qflux.trainer.encoding import SampleReader, cache_manager, fill_cache
@@ -226,7 +226,7 @@ def _trainer(side: Side, trainers: Mapping[str, type[Any]]) -> Any:
         model.pretrained_model_name_or_path, model.revision, [*names, "scheduler", cls.family.denoiser]
     )
     dtype = torch_dtype(config.train.mixed_precision if model.lora is not None else "no")
-    return cls(config, folder, dtype=dtype, device=Placement(config.train.mixed_precision).device)
+    return cls(config, folder, dtype=dtype, device=take_seat().device)
 
 
 def _network(trainer: Any, weights: Path | None) -> Any:

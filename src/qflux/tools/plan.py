@@ -9,15 +9,16 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qflux.config import Config
 from qflux.config_values import memory_bytes
-from qflux.data.dataset import EditDataset, scan
+from qflux.data.dataset import EditDataset
 from qflux.errors import UserError
-from qflux.models.memory_rules import refusals, stored_problems
+from qflux.io.json_files import read_object
+from qflux.models.memory_rules import encoders, refusals, stored_problems
 from qflux.models.structures import FILE as STRUCTURES
 from qflux.models.structures import family_data, structures
 from qflux.tools.plan_activations import MODES, Tokens, section
@@ -34,7 +35,7 @@ from qflux.tools.plan_ladder import ENCODERS, Advice, advise
 from qflux.tools.plan_memory import KEY, Layout, adapted_linears, folder_layout, known_layouts, state_bytes
 from qflux.tools.plan_phases import VALIDATING, Estimate, Phase, Setup, setup_of, worst
 from qflux.tools.plan_text import plan_text, remedy, size, summary
-from qflux.trainer.early import memo_of
+from qflux.tools.plan_validation import drawn_shapes, held_out_shapes, read_held_out
 from qflux.types import Family
 
 if TYPE_CHECKING:
@@ -214,7 +215,7 @@ def make_plan(
     lora, network = config.model.lora, layouts[family.denoiser]
     adapted = {} if lora is None else adapted_linears(network, lora.target_modules, family)
     text = section(folder, "text") or {}
-    data = read_data(config, family, text, datasets[0] if datasets else None)
+    data, held_out = _data(config, family, text, datasets)
     described = {name: found for name in ("network", "vae") if (found := section(folder, name))}
     facts = structure["transformer"] if structure else {}
     estimate = Estimate(config, family, layouts, described, adapted, data, facts, family.keep)
@@ -229,11 +230,23 @@ def make_plan(
         components=_components(estimate, setup),
         phases=tuple(estimate.phases(setup)),
         data=data,
-        disk=_disk(estimate, setup, structure, text, datasets),
+        disk=_disk(estimate, setup, structure, text, held_out),
         notes=(*data.notes, *_notes(estimate)),
-        problems=tuple(_problems(estimate, setup)),
+        problems=tuple(_problems(config, family, layouts)),
         advice=None if memory is None else advise(estimate, setup, memory),
     )
+
+
+def _data(
+    config: Config, family: Family, text: Mapping[str, Any], datasets: Sequence[EditDataset]
+) -> tuple[Data, EditDataset | None]:
+    """(shapes of what is trained, measured and drawn; the held-out set where it was read)."""
+    data = read_data(config, family, text, datasets[0] if datasets else None)
+    given = datasets[1] if len(datasets) > 1 else None
+    held_out, notes = (given, list[str]()) if datasets else read_held_out(config, family)
+    drawn, more = drawn_shapes(config, family, text, data.shapes[0])
+    measured = held_out_shapes(config, family, text, held_out)
+    return replace(data, notes=(*data.notes, *notes, *more), held_out=measured, drawn=drawn), held_out
 
 
 def _model(
@@ -253,7 +266,7 @@ def _model(
         root = local / family.denoiser
         if family.denoiser not in layouts or not (root / "config.json").is_file():
             raise UserError(f"{KEY}: {root} lacks config.json or safetensors weights; is it a diffusers folder?")
-        own = json.loads((root / "config.json").read_text(encoding="utf-8"))
+        own = read_object(root / "config.json", KEY)
         structure = folder_structure(next(iter(known.values())), own) if known else {"transformer": own}
     if layouts is None:
         listed = ", ".join(sorted(known)) or "none"
@@ -282,16 +295,12 @@ def _disk(
     setup: Setup,
     structure: Mapping[str, Any] | None,
     text: Mapping[str, Any],
-    datasets: Sequence[EditDataset],
+    held_out: EditDataset | None,
 ) -> Disk:
     config, family, data = estimate.config, estimate.family, estimate.data
     cache = None
     if setup.use_cache and structure and "latents" in structure:
-        sets = list(datasets) or ([data.dataset] if data.dataset else [])
-        entries = config.logging.validation.held_out
-        here = entries and all(entry.path is not None and Path(entry.path).exists() for entry in entries)
-        if sets and here and not datasets:
-            sets.append(scan(config.data, family, entries=entries, memo=memo_of(config)))
+        sets = [dataset for dataset in (data.dataset, held_out) if dataset is not None] if data.dataset else []
         cache = cache_size(config, family, structure, sets, data.shapes[0], estimate.base_bytes(setup), text)
     if config.model.lora is None:
         names, shapes = map(list, zip(*estimate.network.tensors(), strict=True))
@@ -315,16 +324,35 @@ def _notes(estimate: Estimate) -> list[str]:
     return notes
 
 
-def _problems(estimate: Estimate, setup: Setup) -> list[str]:
+def planned_problems(config: Config, trainer_class: type[BaseTrainer]) -> list[str]:
+    """``Plan.problems`` of a run alone, without its data set; of a model that no plan can be made of, what is known.
+
+    Raises UserError for a local folder that lacks the network or has broken files.
+    """
+    family, described = trainer_class.family, family_data(trainer_class)
+    name = config.model.pretrained_model_name_or_path
+    local = Path(name).expanduser().is_dir()
+    known = local or bool(family.folder and known_layouts(described, name))
+    return _problems(config, family, _model(config, trainer_class, described, None)[0] if known else {})
+
+
+def _problems(config: Config, family: Family, layouts: Mapping[str, Layout]) -> list[str]:
     """What cannot work, known before anything is loaded."""
-    config, family = estimate.config, estimate.family
     found = refusals(config, family)
     folder = Path(config.model.pretrained_model_name_or_path).expanduser()
     if folder.is_dir():
         found += stored_problems(config, family, folder)
-    blocks = len(estimate.blocks(setup))
-    if setup.offloaded > blocks and set(family.block_lists) <= estimate.network.blocks.keys():
-        found.append(f"train.offload_blocks: found {setup.offloaded}, expected 0 to {blocks}, the network's blocks")
+        networks = [
+            *encoders(family),
+            *(c for stage in family.stages if stage.kind == "image" for c in stage.components),
+        ]
+        bare = [name for name in networks if name not in layouts and (folder / name).is_dir()]
+        found += [f"{KEY}: {folder / name} holds no safetensors weights; fetch it again" for name in bare]
+    lists = layouts[family.denoiser].blocks if family.denoiser in layouts else {}
+    if layouts and set(family.block_lists) <= lists.keys():
+        blocks, asked = sum(lists[name][0] for name in family.block_lists), config.train.offload_blocks
+        if asked > blocks:
+            found.append(f"train.offload_blocks: found {asked}, expected 0 to {blocks}, the network's blocks")
     return found
 
 

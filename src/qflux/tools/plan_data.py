@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from qflux.config import Config
+from qflux.config_values import DatasetEntry
 from qflux.data.cache_manager import SCHEMA, CacheManager
 from qflux.data.dataset import EditDataset, scan
 from qflux.data.geometry import candidate_size, plan_sizes, round_down
@@ -58,11 +59,17 @@ class DataShape:
 
 @dataclass(frozen=True)
 class Data:
-    """Shapes by falling number of tokens; ``dataset`` is None where it was not read."""
+    """Shapes by falling number of tokens; ``dataset`` is None where it was not read.
+
+    held_out  shapes of the held-out set, none where there is none or it was not read
+    drawn     of each sample to draw
+    """
 
     shapes: tuple[DataShape, ...]
     dataset: EditDataset | None
     notes: tuple[str, ...]
+    held_out: tuple[DataShape, ...] = ()
+    drawn: tuple[DataShape, ...] = ()
 
     @property
     def samples(self) -> int | None:
@@ -78,33 +85,51 @@ def read_data(config: Config, family: Family, text: Mapping[str, Any], given: Ed
     dataset, notes = (given, []) if given else _scan(config, family)
     if dataset is None:
         plans = _assumed_plans(config, family)
-        shapes = [_shape(plan, family, _text_tokens(config, family, text, plan, None), None) for plan in plans]
+        shapes = [shape_of(plan, family, text_tokens(config, family, text, plan, None), None) for plan in plans]
         if len(shapes) == 1:
             shapes = [replace(shapes[0], micro_batches=float(config.train.gradient_accumulation_steps))]
         return Data(_sorted(shapes), None, tuple(notes))
-    counts, micros = dataset.counts(), _micro_batches(config, dataset)
+    micros = _micro_batches(config, dataset)
+    found = [
+        replace(shape, micro_batches=micros.get((shape.target, *shape.controls), 0.0))
+        for shape in dataset_shapes(config, family, text, dataset)
+    ]
+    return Data(tuple(found), dataset, tuple(notes))
+
+
+def dataset_shapes(
+    config: Config, family: Family, text: Mapping[str, Any], dataset: EditDataset, most: int | None = None
+) -> tuple[DataShape, ...]:
+    """Shapes of a data set that was read, each with its longest text, by falling number of tokens.
+
+    most  only the first so many samples count
+    """
+    counts = dataset.counts()
     longest: dict[ShapeKey, tuple[int, SizePlan]] = {}
-    for spec in dataset.specs:
+    seen = range(len(dataset) if most is None else min(most, len(dataset)))
+    for position in dict.fromkeys(map(dataset.unique, seen)):
+        spec = dataset.specs[position]
         if spec is not None:
-            length = _text_tokens(config, family, text, spec.sizes, spec.prompt)
+            length = text_tokens(config, family, text, spec.sizes, spec.prompt)
             key = spec.sizes.shape_key
             longest[key] = max(longest.get(key, (0, spec.sizes)), (length, spec.sizes), key=lambda pair: pair[0])
-    found = [
-        replace(_shape(plan, family, length, counts[key]), micro_batches=micros.get(key, 0.0))
-        for key, (length, plan) in longest.items()
-    ]
-    return Data(_sorted(found), dataset, tuple(notes))
+    return _sorted([shape_of(plan, family, length, counts[key]) for key, (length, plan) in longest.items()])
 
 
 def _sorted(shapes: Sequence[DataShape]) -> tuple[DataShape, ...]:
     return tuple(sorted(shapes, key=lambda shape: -shape.tokens.of("all")))
 
 
+def away(entries: Sequence[DatasetEntry]) -> list[str]:
+    """Sources of a data set that are not on this machine."""
+    return [str(e.repo_id or e.path) for e in entries if e.path is None or not Path(e.path).exists()]
+
+
 def _scan(config: Config, family: Family) -> tuple[EditDataset | None, list[str]]:
     """The data set if all of it is here and some of it can be read, and what is to be said of it."""
-    away = [str(e.repo_id or e.path) for e in config.data.dataset_path if e.path is None or not Path(e.path).exists()]
-    if away:
-        return None, [f"{UNREAD}: {', '.join(away)} is not on this machine; sizes are the config's"]
+    lost = away(config.data.dataset_path)
+    if lost:
+        return None, [f"{UNREAD}: {', '.join(lost)} is not on this machine; sizes are the config's"]
     dataset = scan(config.data, family, memo=memo_of(config))
     if not any(dataset.specs):
         return None, [f"{UNREAD}: {len(dataset.problems)} problems, run --check; sizes are the config's"]
@@ -133,13 +158,14 @@ def _assumed_plans(config: Config, family: Family) -> list[SizePlan]:
     return list(plans.values())
 
 
-def _shape(plan: SizePlan, family: Family, text: int, samples: int | None) -> DataShape:
+def shape_of(plan: SizePlan, family: Family, text: int, samples: int | None) -> DataShape:
+    """The shape of a size plan with ``text`` tokens of text; how many a step has is left open."""
     cells = [round_down(size, family.size_multiple) for size in plan.shape_key]
     image = sum(height * width for height, width in cells) // family.size_multiple**2
     return DataShape(plan.target.size, plan.shape_key[1:], Tokens(image, text), samples, None)
 
 
-def _text_tokens(config: Config, family: Family, rule: Mapping[str, Any], plan: SizePlan, prompt: str | None) -> int:
+def text_tokens(config: Config, family: Family, rule: Mapping[str, Any], plan: SizePlan, prompt: str | None) -> int:
     """Tokens of a sample's text: padded to the family's length, or the prompt's own and those of its pictures."""
     most = config.data.max_sequence_length or family.text_length
     if not family.text_varies and most:
@@ -221,7 +247,7 @@ def cache_size(
             if key in seen:
                 continue
             seen.add(key)
-            length = _text_tokens(config, family, text, spec.sizes, spec.prompt)
+            length = text_tokens(config, family, text, spec.sizes, spec.prompt)
             tensors = _entry_tensors(config, family, structure, stage, spec, length, dtype_bytes)
             inputs = manager.inputs(stage, spec)
             total += _entry_file(tensors, inputs, recipes[stage.name], stage.name)

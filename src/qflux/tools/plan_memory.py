@@ -15,6 +15,7 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 
 from qflux.errors import UserError
+from qflux.io.json_files import read_object
 from qflux.models.memory_rules import matches, packed_bytes, stored_format, unfit
 from qflux.models.targets import select_targets
 from qflux.types import Family
@@ -92,13 +93,16 @@ def _shapes(plain: Mapping[str, Sequence[int]]) -> dict[str, Shape]:
 
 
 def folder_layout(folder: Path, component: str) -> Layout | None:
-    """The layout of one component of a local model, from the headers of its weights; None where it has none."""
+    """The layout of one component of a local model, from the headers of its weights; None where it has none.
+
+    ``UserError`` where its config or a header is broken.
+    """
     root = folder / component
     files = sorted(root.glob("*.safetensors"))
     config_file = root / "config.json"
     if not files:
         return None
-    config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
+    config = read_object(config_file, KEY) if config_file.is_file() else {}
     shapes: dict[str, Shape] = {}
     packed: dict[str, int] = {}
     for path in files:
@@ -203,24 +207,40 @@ def weight_bytes(
     What the disk has quantized stays as it is.
     """
     total = sum(layout.packed.get(name, math.prod(shape) * dtype_bytes) for name, shape in layout.rest.items())
-    for prefix, (count, _) in layout.blocks.items():
+    for prefix in layout.blocks:
         inside = method if lists is None or prefix in lists else None
-        total += count * block_bytes(layout, prefix, inside, dtype_bytes, keep, in_fp32)
+        total += sum(list_bytes(layout, prefix, inside, dtype_bytes, keep, in_fp32))
     return total
 
 
-def block_bytes(
+def list_bytes(
     layout: Layout,
     prefix: str,
     method: str | None,
     dtype_bytes: int,
     keep: Sequence[str] = (),
     in_fp32: Sequence[str] = (),
+) -> list[int]:
+    """Bytes of each block of the list ``prefix``, in order; for the rest see ``weight_bytes``."""
+    count = layout.blocks[prefix][0]
+    # Blocks of the same tensors differ only where the disk or a pattern says so by their number.
+    if layout.packed or any(map(str.isdigit, "".join([*keep, *in_fp32]))):
+        return [_block_bytes(layout, prefix, i, method, dtype_bytes, keep, in_fp32) for i in range(count)]
+    return [_block_bytes(layout, prefix, 0, method, dtype_bytes, keep, in_fp32)] * count
+
+
+def _block_bytes(
+    layout: Layout,
+    prefix: str,
+    index: int,
+    method: str | None,
+    dtype_bytes: int,
+    keep: Sequence[str],
+    in_fp32: Sequence[str],
 ) -> int:
-    """Bytes of one block of the list ``prefix``; for the rest see ``weight_bytes``."""
     total = 0
     for name, shape in layout.blocks[prefix][1].items():
-        full = f"{prefix}.0.{name}"
+        full = f"{prefix}.{index}.{name}"
         layer = full.rpartition(".")[0]
         if matches(layer, in_fp32):
             total += 4 * math.prod(shape)

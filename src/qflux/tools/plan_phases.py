@@ -11,8 +11,8 @@ from typing import Any
 from qflux.config import Config
 from qflux.models.memory_rules import method_of, spread, text_components
 from qflux.tools.plan_activations import Computing, Network, Tokens
-from qflux.tools.plan_data import Data
-from qflux.tools.plan_memory import IN_FP32, Layout, Shape, adapter_shapes, block_bytes, state_bytes, weight_bytes
+from qflux.tools.plan_data import Data, DataShape
+from qflux.tools.plan_memory import IN_FP32, Layout, Shape, adapter_shapes, list_bytes, state_bytes, weight_bytes
 from qflux.types import EncodeStage, Family
 
 DTYPE_BYTES = {"no": 4, "bf16": 2, "fp16": 2}
@@ -163,7 +163,7 @@ class Estimate:
         found: list[int] = []
         for name in self.family.block_lists:
             if name in layout.blocks:
-                found += [block_bytes(layout, name, method, b, self.keep)] * layout.blocks[name][0]
+                found += list_bytes(layout, name, method, b, self.keep)
         return found
 
     def resident(self, setup: Setup) -> int:
@@ -192,8 +192,9 @@ class Estimate:
         found.append(Phase("training step", held | self._training(setup)))
         settings = self.config.logging.validation
         if settings.steps and settings.held_out:
-            tokens = self._tokens(min(HELD_OUT_LEVELS, self.config.data.batch_size))
-            found.append(Phase(VALIDATING[0], held | {"activations": self._inference(tokens, setup)}))
+            shapes = self.data.held_out or self.data.shapes
+            work = self._inference(shapes, min(HELD_OUT_LEVELS, self.config.data.batch_size), setup)
+            found.append(Phase(VALIDATING[0], held | {"activations": work}))
         if settings.steps and settings.samples:
             found.append(Phase(VALIDATING[1], held | self._drawing(setup)))
         found.append(Phase("saving a checkpoint", held | {"copies of what is trained": self._copies(setup)}))
@@ -207,18 +208,18 @@ class Estimate:
     def _encoding(self, stage: EncodeStage, setup: Setup) -> Phase:
         parts = {name: size for name in stage.components if (size := self.component_bytes(name, setup))}
         if stage.kind == "image":
-            return Phase(f"encoding: {stage.name}", parts | {"activations": self._pictures(setup, "encode")})
+            pixels = max(shape.pixels for shape in (*self.data.shapes, *self.data.held_out))
+            return Phase(f"encoding: {stage.name}", parts | {"activations": self._pictures(setup, "encode", pixels)})
         sizes = [self._text(self.layouts[name], setup) for name in stage.components if name in self.layouts]
         return Phase(f"encoding: {stage.name}", parts | {"activations": max(sizes, default=0)})
 
-    def _pictures(self, setup: Setup, way: str) -> int:
-        """Activations of the VAE, by pixels of the largest picture and the width of its first layer."""
+    def _pictures(self, setup: Setup, way: str, pixels: int) -> int:
+        """Activations of the VAE, by pixels of the picture and the width of the VAE's first layer."""
         rule = self.description.get("vae")
         layout = self.layouts.get("vae")
         if not rule or layout is None or rule["width"] not in layout.rest:
             return 0
         width = layout.rest[rule["width"]][0]
-        pixels = max(shape.pixels for shape in self.data.shapes)
         return round(rule[way] * width * pixels * self.base_bytes(setup))
 
     def _text(self, layout: Layout, setup: Setup) -> int:
@@ -265,13 +266,22 @@ class Estimate:
             )
         return parts
 
-    def _inference(self, tokens: Tokens, setup: Setup) -> int:
-        return self.computing(setup).inference(tokens)
+    def _inference(self, shapes: Sequence[DataShape], batch: int, setup: Setup) -> int:
+        """Activations without a backward pass, of the worst of ``shapes``."""
+        network = self.computing(setup)
+        return max(network.inference(Tokens(s.tokens.image, s.tokens.text, batch)) for s in shapes)
 
     def _drawing(self, setup: Setup) -> dict[str, int]:
         numbers = sum(map(math.prod, self.trained)) // setup.devices
         copies = (4 * numbers if self.config.train.ema is not None else 0) + self.base_bytes(setup) * numbers
-        work = max(self._inference(self._tokens(1), setup), self._pictures(setup, "decode"))
+        shapes = self.data.drawn or self.data.shapes
+        targets = max(math.prod(shape.target) for shape in shapes)
+        given = max((math.prod(size) for shape in shapes for size in shape.controls), default=0)
+        work = max(
+            self._inference(shapes, 1, setup),
+            self._pictures(setup, "decode", targets),
+            self._pictures(setup, "encode", given),
+        )
         return {"copies of what is trained": copies if not self.full else 0, "activations": work}
 
     def _copies(self, setup: Setup) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -36,11 +37,20 @@ def check_plan(config: Config, trainer_class: type[BaseTrainer], datasets: Seque
     for line in plan.summary():
         say(line)
     memory = memory_to_fit(config.train.memory_limit)
+    if _in_shards():
+        say("plan: that is one device with the whole network; spread over several each takes less")
+        return
     refused = [] if memory is None else plan.refusal(memory)
     if refused and not plan.rough:
         raise UserError(*refused)
     for line in refused:
         say(f"plan: by a rule of thumb, {line}")
+
+
+def _in_shards() -> bool:
+    from qflux.parallel.placement import launched_as
+
+    return launched_as(os.environ) != "plain" and int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def memory_to_fit(limit: str | None) -> int | None:
@@ -56,5 +66,5 @@ def memory_to_fit(limit: str | None) -> int | None:
 
     if not torch.cuda.is_available():
         return None
-    free, total = torch.cuda.mem_get_info()
+    free, total = torch.cuda.mem_get_info(int(os.environ.get("LOCAL_RANK", "0")))
     return min(free + CONTEXT, total)

@@ -135,7 +135,10 @@ def _advice_lines(advice: Advice) -> list[str]:
     rest = f"{size(advice.peak.needed)} ({advice.peak.name})"
     head = f"a card of {have} is not enough; the first change that fits, to {rest}:"
     if not advice.reached:
-        head = f"a card of {have} is not enough; all of this still needs {rest}; smaller pictures or batches are next:"
+        head = (
+            f"a card of {have} is not enough, and no setting makes it so; all of this still needs {rest}; smaller "
+            "pictures or batches are next:"
+        )
     pairs = [(f"  {change.key}: {_value(change.value)}", change) for change in advice.changes]
     wide = max((len(setting) for setting, _ in pairs), default=0) + 2
     lines = _wrapped(head, "  ")

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from qflux.config import Config
+    from qflux.parallel.group import Group
+    from qflux.parallel.placement import Placement
     from qflux.runtime.signals import StopSignal
 
 HOOKS = ("load", "encode", "predict", "pipeline", "call_kwargs")
@@ -53,6 +55,15 @@ class BaseTrainer(ABC):
 
     def __init__(self, config: Config, folder: Path, *, dtype: torch.dtype, device: torch.device) -> None:
         self.config, self.folder, self.dtype, self.device = config, folder, dtype, device
+        self._group: Group | None = None
+
+    @property
+    def group(self) -> Group:
+        """The processes of the run as this one sees them."""
+        from qflux.parallel.group import Group
+
+        self._group = self._group or Group()
+        return self._group
 
     @abstractmethod
     def load(self, component: str) -> Any:
@@ -83,24 +94,27 @@ class BaseTrainer(ABC):
     def load_network(self, cls: type, component: str, **options: Any) -> Any:
         """A network of the model's folder as ``cls``, in ``self.dtype``, quantized as the config asks; frozen.
 
-        Where blocks are offloaded the denoiser stays in host memory, everything else goes to ``self.device`` tensor by
-        tensor. ``options`` go to a transformers class's ``from_pretrained``.
+        Everything goes to ``self.device`` tensor by tensor, but for the denoiser where its blocks are offloaded (it
+        stays in host memory) or spread over processes (it stays in the mapped files). ``options`` go to a transformers
+        class's ``from_pretrained``.
         """
         from qflux.models.memory_rules import method_of
         from qflux.models.streaming import load_streaming
 
         denoiser = component == self.family.denoiser
-        waiting = denoiser and self.config.train.offload_blocks > 0
+        in_shards = denoiser and self.group.lockstep
+        waiting = in_shards or (denoiser and self.config.train.offload_blocks > 0)
         return load_streaming(
             cls,
             self.folder,
             component,
-            self.dtype,
+            None if in_shards and self.config.model.lora is None else self.dtype,
             "cpu" if waiting else self.device,
             method_of(self.config.model, self.family, component),
             self.family.keep if denoiser else (),
             self.family.block_lists if denoiser else (),
             quantize_on=self.device,
+            mapped=in_shards,
             **options,
         )
 
@@ -120,6 +134,10 @@ class BaseTrainer(ABC):
         encoders = {name for stage in self.family.stages if stage.kind == "text" for name in stage.components}
         needed = {name: components[name] for name in (*self.family.drawing, self.family.denoiser)}
         return needed | {name: components.get(name) for name in encoders}
+
+    def join(self, place: Placement) -> None:
+        """From now on work where ``place`` says, as one of its processes."""
+        self.device, self._group = place.device, place.group
 
     def fit(self, stop: StopSignal, resume: str | None = None) -> None:
         """Train: make or complete the cache, then the loop, with checkpoints and validation on the way."""
@@ -141,7 +159,8 @@ class BaseTrainer(ABC):
         # Adapters work beside a base of one dtype; full training keeps fp32 weights and computes in the lower dtype.
         lower = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(train.mixed_precision)
         full = self.config.model.lora is None and lower is not None
-        with torch.autocast(noised.x_t.device.type, dtype=lower, enabled=full):
+        keep = not self.group.lockstep  # kept casts of weights in shards would be the whole network on each device
+        with torch.autocast(noised.x_t.device.type, dtype=lower, enabled=full, cache_enabled=keep):
             prediction = self.predict(model, noised, batch)
         weighting = train.sigma.weighting
         return flow_matching_loss(prediction, noised, batch.edit_mask, train.loss, weighting)

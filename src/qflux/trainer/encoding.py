@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from qflux.runtime.signals import StopSignal
     from qflux.trainer.base_trainer import BaseTrainer
 
+REPAIR_PATIENCE = 600.0  # seconds that a process waits for another one that repairs the cache
 RECIPE = 1  # raised when shared code makes other tensors of the same inputs than before
 
 
@@ -125,10 +126,16 @@ class SampleReader:
     """Reads the encoded sample at (epoch, index): from the cache or encoded on the spot, with equal tensors."""
 
     def __init__(
-        self, trainer: BaseTrainer, dataset: EditDataset, cache: CacheManager | None, dropout: float = 0.0
+        self,
+        trainer: BaseTrainer,
+        dataset: EditDataset,
+        cache: CacheManager | None,
+        dropout: float = 0.0,
+        encoder: Encoder | None = None,
     ) -> None:
+        """Readers without a cache share an ``encoder``, whose components stay loaded."""
         self.trainer, self.dataset, self.cache, self.dropout = trainer, dataset, cache, dropout
-        self.encoder = Encoder(trainer)
+        self.encoder = encoder or Encoder(trainer)
 
     def spec(self, epoch: int, index: int) -> SampleSpec:
         """The sample's spec with this epoch's caption dropout applied."""
@@ -159,7 +166,7 @@ class SampleReader:
             if self.trainer.config.cache.on_missing == "refuse":
                 raise
             say(f"{problem}; encoding it again")
-            fill_cache(self.trainer, self.cache, [spec], lambda _: self.dataset.load(index), verify=True)
+            fill_cache(self.trainer, self.cache, [spec], lambda _: self.dataset.load(index), verify=True, alone=True)
             return self.cache.get(spec)
 
 
@@ -179,8 +186,12 @@ def fill_cache(
     *,
     verify: bool = False,
     stop: StopSignal | None = None,
+    alone: bool = False,
 ) -> CacheReport:
-    """Encode what ``specs`` lack; ``load(i)`` gives the pixels of ``specs[i]``, the spec its prompt."""
+    """Encode what ``specs`` lack; ``load(i)`` gives the pixels of ``specs[i]``, the spec its prompt.
+
+    All processes of the run call this together, but for one that repairs an entry ``alone``.
+    """
 
     def load_spec(position: int, pixels: bool = True) -> EditSample:
         spec = specs[position]
@@ -191,7 +202,11 @@ def fill_cache(
     def asked() -> bool:
         return stop is not None and stop.asked
 
-    report = cache.fill(specs, load_spec, Encoder(trainer).open_stage, verify=verify, stop=asked)
+    crew, wait = (None, REPAIR_PATIENCE) if alone and trainer.group.processes > 1 else (trainer.group, 0.0)
+    with trainer.group.during("caching"):
+        report = cache.fill(
+            specs, load_spec, Encoder(trainer).open_stage, verify=verify, stop=asked, crew=crew, wait=wait
+        )
     if report.interrupted and stop is not None and stop.number is not None:
         raise Interrupted(
             stop.number, f"interrupted while caching; run the same command again to go on ({report.line()})"
@@ -224,11 +239,12 @@ def ensure_cached(trainer: BaseTrainer, cache: CacheManager, dataset: EditDatase
 def build_cache(trainer: BaseTrainer, stop: StopSignal) -> None:
     """``--cache``: encode the data set, the held-out set and the validation prompts; check what is there."""
     from qflux.trainer.sampling import validation_samples
-    from qflux.trainer.setup import open_datasets
+    from qflux.trainer.setup import joined, open_datasets
 
-    cache = cache_manager(trainer, memo_of(trainer.config))
-    datasets = open_datasets(trainer)
-    stop.eager = False
-    for dataset in datasets:
-        say(cache_dataset(trainer, cache, dataset, stop, verify=True).line())
-    validation_samples(trainer, cache, stop)
+    with joined(trainer):
+        cache = cache_manager(trainer, memo_of(trainer.config))
+        datasets = open_datasets(trainer)
+        stop.eager = False
+        for dataset in datasets:
+            say(cache_dataset(trainer, cache, dataset, stop, verify=True).line())
+        validation_samples(trainer, cache, stop)

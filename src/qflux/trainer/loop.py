@@ -17,10 +17,9 @@ from qflux.data.dataset import EditDataset
 from qflux.data.feeder import feed, to_device
 from qflux.data.geometry import sized_otherwise
 from qflux.data.order import Order
-from qflux.errors import BUG, DONE, Interrupted, QfluxError, RunStopped, UserError
+from qflux.errors import BUG, DONE, Interrupted, QfluxError, RunStopped
 from qflux.io.digests import DigestMemo
 from qflux.io.progress import Progress, say
-from qflux.models.optimizers import guarded_step
 from qflux.parallel.placement import Placement
 from qflux.runtime.checkpoint import save_checkpoint
 from qflux.runtime.report import write_report
@@ -31,7 +30,7 @@ from qflux.trainer import setup
 from qflux.trainer.early import NO_MASKS, memo_of
 from qflux.trainer.encoding import SampleReader, ensure_cached
 from qflux.trainer.sampling import Validation
-from qflux.trainer.state import Weights, read_weights, write_weights
+from qflux.trainer.state import Weights, collect, read_weights
 from qflux.types import Batch, Step
 
 if TYPE_CHECKING:
@@ -39,8 +38,8 @@ if TYPE_CHECKING:
 
 
 OUT_OF_MEMORY = (
-    "lower data.batch_size and raise train.gradient_accumulation_steps, or set train.gradient_checkpointing: full, and "
-    "go on with --resume auto; smaller pictures (data.target_size) need a new run"
+    "--plan --memory 24GB names the first change that fits a card; train.gradient_checkpointing, train.offload_blocks "
+    "and a smaller data.batch_size may change within a run: go on with --resume auto"
 )
 SIZED_BY_CONFIG = (
     "data.control_plan: config sized the controls; the official pipeline resizes controls by its own rule: give "
@@ -72,21 +71,24 @@ class Run:
         """Samples and held-out loss of the step just made."""
         self.validation.run(self.weights, self.tracker, self.folder.path)
 
-    def save(self) -> Path:
+    def save(self) -> None:
         """A checkpoint of the step just made; nothing non-finite is ever saved."""
         self.skips.check()
-        weights, state = self.weights, self.weights.state
+        weights, state, group = self.weights, self.weights.state, self.place.group
         info = setup.adapter_info(self.trainer, self.dataset, state.step)
-        path = save_checkpoint(
-            self.folder.path,
-            state.step,
-            lambda folder: write_weights(folder, self.trainer, weights, info),
-            self.identity,
-            self.trainer.config.train.checkpoints_total_limit,
-            state,
-        )
+        with group.during("saving"):
+            files = collect(self.trainer, weights, self.place, info)
+            group.first(
+                lambda: save_checkpoint(
+                    self.folder.path,
+                    state.step,
+                    files.write,
+                    self.identity,
+                    self.trainer.config.train.checkpoints_total_limit,
+                    state,
+                )
+            )
         self.saved = state.step
-        return path
 
 
 class FiniteWatch:
@@ -120,7 +122,7 @@ class FiniteWatch:
             return
         self.row += 1
         names = sorted({self.name(index) for batch in batches for index in batch.index})
-        say(f"step {step}: loss or gradient is not finite, its update was left out; samples {', '.join(names)}")
+        say(f"step {step}: loss or gradient is not finite, its update was left out; samples {', '.join(names)}", True)
         if self.row > self.limit:
             raise RunStopped(
                 f"train.max_skipped_steps: {self.row} steps in a row were not finite, allowed {self.limit}; lower "
@@ -139,15 +141,8 @@ class Opened:
     folder: RunFolder
 
 
-def open_training(trainer: BaseTrainer, resume: str | None) -> Opened:
+def open_training(trainer: BaseTrainer, place: Placement, resume: str | None) -> Opened:
     """Data set, identity and run folder: everything that can be refused early."""
-    place = Placement(trainer.config.train.mixed_precision)
-    if place.processes > 1:
-        raise UserError(
-            f"accelerate: found {place.processes} processes, this version trains with one; use "
-            "accelerate_configs/single.yaml"
-        )
-    trainer.device = place.device
     setup.check_targets(trainer)
     setup.check_steps(trainer)
     setup.check_attention(trainer)
@@ -156,28 +151,46 @@ def open_training(trainer: BaseTrainer, resume: str | None) -> Opened:
     if trainer.config.train.loss.mask_loss and not any(spec and spec.mask for spec in datasets[0].specs):
         say(NO_MASKS)
     identity = setup.run_identity(trainer, datasets[0], memo, setup.samples_per_step(trainer, place.processes))
-    memo.save()
+    if place.main:
+        memo.save()
     by_config = trainer.config.data.control_plan == "config"
     notes = [SIZED_BY_CONFIG] if by_config and sized_otherwise(datasets[0].counts(), trainer.family) else []
     fingerprint = datasets[0].fingerprint()
-    folder = open_run(trainer.config, identity, resume, device=str(place.device), data=fingerprint, notes=notes)
+    share = setup.samples_per_step(trainer, 1)
+    device = str(place.device)
+    own = place.group.first(
+        lambda: open_run(trainer.config, identity, resume, device=device, data=fingerprint, notes=notes, share=share)
+    )
+    folder = RunFolder.followed(place.group.share(lambda: own.told()), own)
     say(f"run folder {folder.path}")
+    identity, batch = folder.record["identity"], folder.record["identity"]["samples_per_step"]
+    if batch != share * place.processes:
+        say(f"a step stays {batch} samples, as the run began, {share * place.processes} by this config and processes")
     return Opened(place, memo, datasets, identity, folder)
 
 
 def fit(trainer: BaseTrainer, stop: StopSignal, resume: str | None) -> None:
-    """Set up, train, and close the run's books however it ends."""
-    opened = open_training(trainer, resume)
+    """Join the processes of the run, set up, train, and close the run's books however it ends."""
+    with setup.joined(trainer) as place:
+        _fit(trainer, open_training(trainer, place, resume), stop)
+
+
+def _fit(trainer: BaseTrainer, opened: Opened, stop: StopSignal) -> None:
     folder, stop.eager = opened.folder, False
     code, reason = BUG, "ended by a bug"
     run: Run | None = None
+    opened.place.group.on_loss = lambda code, reason: folder.finish(code, reason, opened.place.group.step)
     try:
         run = build_run(trainer, opened, stop)
         _train(run)
         code, reason = DONE, "done"
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         if not _out_of_memory(error):
-            raise
+            found = opened.place.group.explained()  # a collective breaks when the process at its other end is gone
+            if found is None:
+                raise
+            code, reason = found.exit_code, str(found)
+            raise found from error
         code, reason = RunStopped.exit_code, f"out of memory: {error}".splitlines()[0]
         raise RunStopped(f"{reason}; {OUT_OF_MEMORY}") from error
     except QfluxError as error:
@@ -190,7 +203,7 @@ def fit(trainer: BaseTrainer, stop: StopSignal, resume: str | None) -> None:
         if run is not None:
             run.tracker.close()
         folder.finish(code, reason, folder.step if run is None else run.weights.state.step)
-        if run is not None:
+        if run is not None and opened.place.main:
             _report(folder.path)
 
 
@@ -216,19 +229,21 @@ def build_run(trainer: BaseTrainer, opened: Opened, stop: StopSignal) -> Run:
         for dataset in datasets:
             ensure_cached(trainer, cache, dataset, stop)
     held_out = SampleReader(trainer, datasets[1], cache) if len(datasets) > 1 else None
+    shared = None if held_out is None else held_out.encoder
     shift = setup.Shift.of(trainer)
     if config.train.sigma.shift != "none":
         told = shift.text(key[0] for key in datasets[0].counts())
         say(told)
         folder.note(told)
     validation = Validation.of(trainer, cache, held_out, stop)
-    batch = setup.samples_per_step(trainer, place.processes)
     stop.poll()
-    model, weights = setup.make_weights(trainer, place, batch)
+    with place.group.during("loading"):
+        model, weights = setup.make_weights(trainer, place, opened.identity["samples_per_step"])
+        if folder.checkpoint is not None:
+            read_weights(folder.checkpoint, trainer, weights, place)
     if folder.checkpoint is not None:
-        read_weights(folder.checkpoint, trainer, weights)
         say(f"resumed from {folder.checkpoint.name}")
-    reader = SampleReader(trainer, datasets[0], cache, config.data.caption_dropout_rate)
+    reader = SampleReader(trainer, datasets[0], cache, config.data.caption_dropout_rate, shared)
     return Run(
         trainer, place, folder, datasets[0], reader,
         setup.make_order(trainer, datasets[0], place, weights.state.batch), model, weights, shift,
@@ -241,10 +256,11 @@ def build_run(trainer: BaseTrainer, opened: Opened, stop: StopSignal) -> Run:
 def _train(run: Run) -> None:
     """From the state's step to ``max_train_steps``: each pass is one optimizer step."""
     config, state = run.trainer.config, run.weights.state
-    total, every = config.train.max_train_steps, config.logging.validation.steps
+    total, every, group = config.train.max_train_steps, config.logging.validation.steps, run.place.group
+    group.phase, group.step = "training", state.step
     workers = 0 if run.reader.cache is None else config.data.num_workers
     steps = islice(run.order.steps(state.step), max(0, total - state.step))
-    if every and not run.stop.asked:
+    if every and (group.processes > 1 or not run.stop.asked):  # several must not differ in what they begin
         if state.step == 0:
             run.validate()
         elif state.step % every == 0 or state.step == total:
@@ -252,11 +268,13 @@ def _train(run: Run) -> None:
     with Progress(total, "training", "step", enabled=run.place.main, done=state.step) as bar:
         began, logged = time.perf_counter(), state.samples
         for step, batches in feed(steps, run.reader.read, workers):
-            if run.place.any(run.stop.asked):
+            asked = group.stops_at(run.stop.number, state.step, run.place.lag)
+            if asked is not None:
                 break
             learning_rate = run.weights.schedule.lr()
             loss, norm, finite = optimizer_step(run, step, batches)
             state.step, state.samples = state.step + 1, state.samples + state.batch
+            group.step = state.step
             run.skips.put(finite, state.step, batches)
             if state.step % config.logging.logging_steps == 0 or state.step == total:
                 values = _metrics(run, loss, norm, finite, learning_rate)
@@ -274,8 +292,9 @@ def _train(run: Run) -> None:
             began += time.perf_counter() - paused
     if run.saved != state.step and state.step > 0:
         run.save()
-    if run.stop.number is not None:
-        raise Interrupted(run.stop.number, f"interrupted at step {state.step} of {total}; go on with --resume auto")
+    numbers = [number for number in group.gather(lambda: run.stop.number) if number is not None]
+    if numbers:
+        raise Interrupted(numbers[0], f"interrupted at step {state.step} of {total}; go on with --resume auto")
 
 
 def optimizer_step(run: Run, step: Step, batches: list[Batch]) -> tuple[Tensor, Tensor, Tensor]:
@@ -291,9 +310,9 @@ def optimizer_step(run: Run, step: Step, batches: list[Batch]) -> tuple[Tensor, 
         total += loss.detach()
     parameters = list(weights.params.values())
     norm = place.clip(parameters, run.trainer.config.train.max_grad_norm)
-    finite = torch.isfinite(norm) & torch.isfinite(total)
-    guarded_step(weights.optimizer, parameters, finite)
-    weights.optimizer.zero_grad(set_to_none=True)
+    # Of several processes each knows its own part of the loss, and all must decide alike.
+    finite = torch.isfinite(norm) if place.processes > 1 else torch.isfinite(norm) & torch.isfinite(total)
+    place.step(weights.optimizer, parameters, finite)
     weights.schedule.tick()
     if weights.ema is not None:
         weights.ema.update()

@@ -31,6 +31,7 @@ from qflux.validation.validation_sampler import (
 
 if TYPE_CHECKING:
     from qflux.data.cache_manager import CacheManager
+    from qflux.parallel.placement import Placement
     from qflux.runtime.signals import StopSignal
     from qflux.runtime.tracking import Tracker
     from qflux.trainer.base_trainer import BaseTrainer
@@ -97,15 +98,21 @@ class Validation:
     def complete(self, weights: Weights, tracker: Tracker, folder: Path) -> None:
         """Make up what a stop kept from being measured or drawn at the resumed step."""
         step = weights.state.step
-        lines = read_metrics(folder / METRICS)
-        measured = any("val_loss" in line and line["step"] == step for line in lines)
-        drawn = (folder / "samples" / f"step-{step:06d}" / "sheet.png").is_file()
-        self.run(weights, tracker, folder, measure=not measured, draw=not drawn)
+
+        def left() -> list[bool]:
+            lines = read_metrics(folder / METRICS)
+            measured = any("val_loss" in line and line["step"] == step for line in lines)
+            drawn = (folder / "samples" / f"step-{step:06d}" / "sheet.png").is_file()
+            return [not measured, not drawn]
+
+        measure, draw = self.trainer.group.share(left)
+        self.run(weights, tracker, folder, measure=measure, draw=draw)
 
     def run(self, weights: Weights, tracker: Tracker, folder: Path, *, measure: bool = True, draw: bool = True) -> None:
         """Draw and measure with the weights users will get: EMA or averaged ones when on, rounded as loaders round."""
         step = weights.state.step
         with ExitStack() as stack:
+            stack.enter_context(self.trainer.group.during("validating"))
             stack.enter_context(eval_mode(weights.optimizer))
             if weights.ema is not None:
                 stack.enter_context(weights.ema.swapped())
@@ -114,29 +121,36 @@ class Validation:
                 measured = self.held_out.measure(weights.model, lambda: self.stop.asked)
                 if measured is not None:
                     tracker.log_held_out(step, *measured)
-            if draw and self.sampler is not None and not self.stop.asked:
+            if draw and self.sampler is not None:
                 out = folder / "samples" / f"step-{step:06d}"
                 tracker.log_images(step, self.sampler.draw(weights.model, out, self.stop))
 
 
 def draw_samples(trainer: BaseTrainer, stop: StopSignal, checkpoint: str | None, out: Path | None) -> Path:
     """``--sample``: draw the config's samples with a checkpoint's adapter, or with the bare model."""
-    from qflux.parallel.placement import Placement
-    from qflux.trainer.setup import check_blocks, check_steps, offload_weights
+    from qflux.trainer.setup import check_blocks, check_steps, joined
 
-    trainer.device = Placement(trainer.config.train.mixed_precision).device
+    check_steps(trainer)
+    check_blocks(trainer)
+    with joined(trainer) as place:
+        return _draw_samples(trainer, place, stop, checkpoint, out)
+
+
+def _draw_samples(
+    trainer: BaseTrainer, place: Placement, stop: StopSignal, checkpoint: str | None, out: Path | None
+) -> Path:
+    from qflux.trainer.setup import offload_weights
+
     settings = trainer.config.logging
     if not settings.validation.samples:
         raise UserError("logging.validation.samples: found none, expected at least one {prompt, controls} to draw")
-    check_steps(trainer)
-    check_blocks(trainer)
     folder = _find_weights(trainer, checkpoint)
     cache = cache_manager(trainer, memo_of(trainer.config)) if trainer.config.cache.use_cache else None
     stop.eager = False
     samples = validation_samples(trainer, cache, stop)
     model = load_trained(trainer, folder)
     offload_weights(trainer, model)
-    model.to(trainer.device)
+    model = place.placed(model)
     out = out or Path(settings.output_dir) / settings.tracker_project_name / "samples"
     say(f"drawing {len(samples)} samples with {folder if folder else 'the bare model'} into {out}")
     with adapters.rounded_copy(model, trainer.dtype):

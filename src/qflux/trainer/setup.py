@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,16 +17,16 @@ from qflux.data.dataset import EditDataset
 from qflux.data.order import Order
 from qflux.errors import UserError
 from qflux.io.digests import DigestMemo, blake3_file
-from qflux.io.progress import say
+from qflux.io.progress import say, speak_as
 from qflux.models import adapters
 from qflux.models.activations import named_blocks, set_checkpointing
 from qflux.models.ema import Ema
 from qflux.models.loading import meta_module, model_identity, read_config
-from qflux.models.memory_rules import method_of, text_components
+from qflux.models.memory_rules import ADVICE, method_of, text_components
 from qflux.models.offload import offload_blocks
 from qflux.models.optimizers import make_optimizer
 from qflux.models.schedules import make_schedule
-from qflux.parallel.placement import Placement
+from qflux.parallel.placement import Placement, open_placement
 from qflux.trainer.early import scan_all
 from qflux.trainer.encoding import RECIPE, cache_manager
 from qflux.trainer.state import Weights
@@ -37,12 +38,33 @@ if TYPE_CHECKING:
 _SHOWN_SHIFTS = 6
 
 
+@contextmanager
+def joined(trainer: BaseTrainer) -> Iterator[Placement]:
+    """This process among those of the run, while the block lasts; a failure in it is told to the others."""
+    place = open_placement(trainer.config, trainer.family)
+    speak_as(place.rank, met=True)
+    trainer.join(place)
+    try:
+        yield place
+    except BaseException as error:
+        place.group.failed(error)
+        raise
+    finally:
+        place.close()
+
+
 def open_datasets(trainer: BaseTrainer) -> list[EditDataset]:
     """The training set and, where the config names one, the held-out set; all problems of both and of the samples."""
-    sets, problems = scan_all(trainer.config, trainer.family)
-    if problems:
-        raise UserError(*problems)
-    return sets
+
+    def scanned() -> list[EditDataset]:
+        sets, problems = scan_all(trainer.config, trainer.family)
+        if problems:
+            raise UserError(*problems)
+        return sets
+
+    # The first process of all reads every file for its digest, the others find the digests in the memo.
+    own = trainer.group.first(scanned)
+    return own if own is not None else scanned()
 
 
 def check_targets(trainer: BaseTrainer) -> None:
@@ -139,6 +161,8 @@ def adapter_info(trainer: BaseTrainer, dataset: EditDataset, step: int) -> dict[
         "data_digest": dataset.fingerprint(),
         "qflux_version": __version__,
     }
+    if model.quantize:
+        info["base_format"] = model.quantize
     if model.lora is not None:
         targets = model.lora.target_modules
         info |= {
@@ -179,7 +203,10 @@ def make_weights(trainer: BaseTrainer, place: Placement, batch: int) -> tuple[to
     if config.train.attention_backend != "native":
         _set_attention(model, config.train.attention_backend)
     if config.model.lora is None:
-        adapters.prepare_full(model)
+        if place.sharded:
+            model.requires_grad_(True)  # in fp32 block by block, when they are spread
+        else:
+            adapters.prepare_full(model)
         # Under autocast a norm with fp32 weights takes torch's plain kernel; that is meant, and torch warns of it.
         warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
     else:
@@ -188,6 +215,8 @@ def make_weights(trainer: BaseTrainer, place: Placement, batch: int) -> tuple[to
             matched, total = adapters.load_adapter(Path(config.model.lora.pretrained_weight), model)
             say(f"starting from an adapter: {matched} of {total} tensors matched")
         say(f"LoRA on {len(names)} linear layers")
+    if config.model.quantize in ADVICE:
+        say(f"model.quantize: {config.model.quantize}: {ADVICE[config.model.quantize]}")
     family, train = trainer.family, config.train
     set_checkpointing(
         model,
@@ -197,10 +226,10 @@ def make_weights(trainer: BaseTrainer, place: Placement, batch: int) -> tuple[to
         offload=train.offload_activations,
     )
     offload_weights(trainer, model)
-    called = place.prepare(model)
+    called, params, optimizer = place.prepare(
+        model, lambda trained: make_optimizer(train.optimizer.name, trained, train.optimizer)
+    )
     unwrapped = place.unwrap(called)
-    params = adapters.trainable(unwrapped)
-    optimizer = make_optimizer(config.train.optimizer.name, params.values(), config.train.optimizer)
     schedule = make_schedule(config.train.lr_scheduler, optimizer, config.train.max_train_steps)
     ema = None if config.train.ema is None else Ema(params, config.train.ema.decay)
     state = TrainState(batch=batch, seed=config.train.seed)

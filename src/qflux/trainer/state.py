@@ -8,18 +8,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qflux.io.codec import load_state, save_state
 from qflux.io.tensors import load_tensors, save_tensors
-from qflux.models.adapters import load_adapter, load_full, save_adapter, save_full, verify_adapter
+from qflux.models.adapters import (
+    FULL_WEIGHTS_FILE,
+    WEIGHTS_FILE,
+    read_adapter,
+    save_adapter,
+    save_full,
+    verify_adapter,
+)
 from qflux.models.ema import Ema
-from qflux.models.optimizers import eval_mode, load_optimizer_state, optimizer_state
+from qflux.models.optimizers import eval_mode
 from qflux.models.schedules import Schedule
 from qflux.runtime.checkpoint import AVERAGED, read_state
 from qflux.types import TrainState
 
 if TYPE_CHECKING:
+    from qflux.parallel.placement import Placement
     from qflux.trainer.base_trainer import BaseTrainer
 
 
@@ -35,47 +43,71 @@ class Weights:
     state: TrainState
 
 
-def write_weights(folder: Path, trainer: BaseTrainer, weights: Weights, info: Mapping[str, str]) -> None:
-    """Adapter (or transformer), EMA beside it, raw parameters, optimizer, schedule and state into ``folder``."""
-    # Schedule-free optimizers keep training weights apart from the averaged ones that users want.
-    raw = {name: p.detach().clone() for name, p in weights.params.items()}
+@dataclass
+class Files:
+    """Everything that a checkpoint holds, whole, however the run is spread: see ``collect``.
+
+    ``users`` are the weights for people, ``raw`` those of training where they differ (a schedule-free optimizer keeps
+    them apart), ``averaged`` the moving averages.
+    """
+
+    trainer: BaseTrainer
+    model: Any
+    info: Mapping[str, str]
+    users: dict[str, Tensor]
+    raw: dict[str, Tensor]
+    averaged: dict[str, Tensor] | None
+    trees: dict[str, Any]
+
+    def write(self, folder: Path) -> None:
+        """Adapter (or transformer), EMA beside it, raw parameters, optimizer and schedule into ``folder``."""
+        self._write_model(folder, self.users)
+        if any(not torch.equal(tensor, self.users[name]) for name, tensor in self.raw.items()):
+            save_tensors(folder / "training_weights.safetensors", self.raw)
+        if self.averaged is not None:
+            self._write_model(folder / AVERAGED, self.averaged)
+        for name, tree in self.trees.items():
+            save_state(folder, name, tree)
+
+    def _write_model(self, folder: Path, values: Mapping[str, Tensor]) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        if self.trainer.config.model.lora is None:
+            save_full(folder, self.model, self.trainer.family.denoiser, values)
+            return
+        path = save_adapter(folder, self.model, family=self.trainer.family, info=self.info, values=values)
+        matched, total = verify_adapter(path, self.model, values)
+        if matched != total:
+            raise RuntimeError(f"{path.name}: read back {matched} of {total} tensors equal to the model's")
+
+
+def collect(trainer: BaseTrainer, weights: Weights, place: Placement, info: Mapping[str, str]) -> Files:
+    """What a checkpoint will hold; every process calls this, the main one may write it."""
+    raw = {name: p.detach().clone() for name, p in place.whole(weights.params).items()}
     with eval_mode(weights.optimizer):
-        _write_model(folder, trainer, weights.model, info)
-        averaged = any(not torch.equal(raw[name], p) for name, p in weights.params.items())
-    if averaged:
-        save_tensors(folder / "training_weights.safetensors", raw)
+        users = {name: p.detach().clone() for name, p in place.whole(weights.params).items()}
+    averaged, trees = (
+        None,
+        {"optimizer": place.optimizer_state(weights.optimizer), "schedule": weights.schedule.state()},
+    )
     if weights.ema is not None:
-        with weights.ema.swapped():
-            _write_model(folder / AVERAGED, trainer, weights.model, info)
-        save_state(folder, "ema_state", weights.ema.state())
-    save_state(folder, "optimizer", optimizer_state(weights.optimizer))
-    save_state(folder, "schedule", weights.schedule.state())
+        state = weights.ema.state()
+        averaged = place.whole(state["average"])
+        trees["ema_state"] = {**state, "average": averaged}
+    return Files(trainer, weights.model, info, users, raw, averaged, trees)
 
 
-def _write_model(folder: Path, trainer: BaseTrainer, model: Any, info: Mapping[str, str]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    if trainer.config.model.lora is None:
-        save_full(folder, model, trainer.family.denoiser)
-        return
-    path = save_adapter(folder, model, family=trainer.family, info=info)
-    matched, total = verify_adapter(path, model)
-    if matched != total:
-        raise RuntimeError(f"{path.name}: read back {matched} of {total} tensors equal to the model's")
-
-
-def read_weights(folder: Path, trainer: BaseTrainer, weights: Weights) -> None:
+def read_weights(folder: Path, trainer: BaseTrainer, weights: Weights, place: Placement) -> None:
     """Put a verified checkpoint back, bit for bit."""
-    if trainer.config.model.lora is None:
-        load_full(folder, weights.model, trainer.family.denoiser)
-    else:
-        load_adapter(folder / "pytorch_lora_weights.safetensors", weights.model)
     raw = folder / "training_weights.safetensors"
     if raw.exists():
-        with torch.no_grad():
-            for name, tensor in load_tensors(raw).items():
-                weights.params[name].copy_(tensor)
+        values = load_tensors(raw)
+    elif trainer.config.model.lora is None:
+        values = load_tensors(folder / trainer.family.denoiser / FULL_WEIGHTS_FILE)
+    else:
+        values = read_adapter(folder / WEIGHTS_FILE, weights.model, place.whole(weights.params))
+    place.fill(weights.params, {name: values[name] for name in weights.params})
     if weights.ema is not None:
-        weights.ema.load(load_state(folder, "ema_state"))
-    load_optimizer_state(weights.optimizer, load_state(folder, "optimizer"))
+        weights.ema.load(load_state(folder, "ema_state"), place.fill)
+    place.load_optimizer_state(weights.optimizer, load_state(folder, "optimizer"))
     weights.schedule.load(load_state(folder, "schedule"))
     weights.state = read_state(folder)

@@ -52,6 +52,8 @@ def encode_texts(trainer: Any, samples: Sequence[EditSample]) -> list[dict[str, 
 def _encode_texts(trainer: Any, samples: Sequence[EditSample]) -> list[dict[str, Tensor]]:
     """Text tensors of each sample; one stage of encoders loaded at a time and freed, equal prompts encoded once."""
     texts: list[dict[str, Tensor]] = [{} for _ in samples]
+    if not samples:
+        return texts
     for stage in trainer.family.stages:
         if stage.kind != "text":
             continue

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,19 +31,33 @@ class HeldOut:
 
     def measure(self, model: Any, asked: Callable[[], bool] = lambda: False) -> tuple[float, dict[float, float]] | None:
         """(mean loss, loss of each noise level); None when ``asked()`` to stop; None and a line on failure."""
+        crew = self.trainer.group
+        mine = range(self.count) if crew.lockstep else range(self.count)[crew.rank :: crew.processes]
+        told = crew.gather(lambda: self._rows(model, mine, asked))
+        if any(rows is None for rows in told):
+            return None
+        rows = told[0] if crew.lockstep else [told[i % crew.processes][i // crew.processes] for i in range(self.count)]
+        losses = torch.tensor(rows)
+        per_sigma = losses.mean(0).tolist()
+        return losses.mean().item(), dict(zip(SIGMAS, per_sigma, strict=True))
+
+    def _rows(self, model: Any, indices: Sequence[int], asked: Callable[[], bool]) -> list[list[float]] | None:
+        """The losses of some pairs; None when asked to stop, or after a failure that a line tells of."""
+        lockstep = self.trainer.group.lockstep
         try:
             rows = []
             with torch.no_grad():
-                for index in range(self.count):
-                    if asked():
+                for index in indices:
+                    if asked() and not lockstep:
                         return None
-                    rows.append(self._sample(model, index))
-            losses = torch.stack(rows)
+                    rows.append(self._sample(model, index).tolist())
         except Exception as error:
-            say(f"held-out loss: not measured, {type(error).__name__}: {error}; training goes on")
+            if lockstep:
+                raise
+            text = f"held-out loss: not measured, {type(error).__name__}: {error}; training goes on"
+            say(text, everywhere=True)
             return None
-        per_sigma = losses.mean(0).tolist()
-        return losses.mean().item(), dict(zip(SIGMAS, per_sigma, strict=True))
+        return rows
 
     def _sample(self, model: Any, index: int) -> Tensor:
         """``[S]`` loss of one pair at each noise level, as many in one forward as a micro-batch has samples."""

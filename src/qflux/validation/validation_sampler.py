@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -113,32 +114,56 @@ class ValidationSampler:
     def draw(self, model: Any, out: Path, stop: StopSignal, fenced: bool = True) -> dict[str, Image.Image]:
         """Draw all samples into ``out`` as PNGs with one contact sheet; returns the pictures by name.
 
-        A failure is reported and ends the drawing, not the run, while ``fenced``.
+        A failure is reported and ends the drawing, not the run, while ``fenced``. Of several processes each draws its
+        share, and the first, which makes the sheet, returns all; one network in shards is called by all alike.
         """
-        images: dict[str, Image.Image] = {}
-        try:
+        crew = self.trainer.group
+        mine = range(len(self.samples)) if crew.lockstep else range(len(self.samples))[crew.rank :: crew.processes]
+        with torch.no_grad():
+            told = crew.gather(lambda: self._share(model, mine, out, stop, fenced and not crew.lockstep))
+        names = {name for part in told for name in part}
+        if crew.rank or not names or len(names) < len(self.samples):
+            return {}
+        return self._fenced(lambda: self._finish(out), fenced) or {}
+
+    def _share(self, model: Any, mine: Sequence[int], out: Path, stop: StopSignal, fenced: bool) -> list[str]:
+        """Draw some of the samples; the names of those that are there."""
+        drawn: list[str] = []
+
+        def run() -> None:
             out.mkdir(parents=True, exist_ok=True)
-            with torch.no_grad(), Progress(len(self.samples), f"sampling {out.name}", "image") as bar:
-                for i, (sample, _) in enumerate(self.samples):
+            with suppress(_Stopped), Progress(len(mine), f"sampling {out.name}", "image") as bar:
+                for i in mine:
                     image = self._one(model, i, stop)
-                    images[sample.id] = image
-                    save_png(out / f"{sample.id}.png", image)
+                    if self.trainer.group.rank == 0 or not self.trainer.group.lockstep:
+                        save_png(out / f"{self.samples[i][0].id}.png", image)
+                    drawn.append(self.samples[i][0].id)
                     bar.advance()
-            if images:
-                self._sheet(images, out)
-        except _Stopped:
-            return images
+
+        self._fenced(run, fenced)
+        return drawn
+
+    @staticmethod
+    def _fenced(run: Callable[[], Any], fenced: bool) -> Any:
+        try:
+            return run()
         except Exception as error:
             if not fenced:
                 raise
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-            say(f"sampling: stopped by {type(error).__name__}: {str(error).splitlines()[0]}; training goes on")
+            text = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            say(f"sampling: stopped by {text}; training goes on", everywhere=True)
+            return None
+
+    def _finish(self, out: Path) -> dict[str, Image.Image]:
+        images = {s.id: Image.open(out / f"{s.id}.png").convert("RGB") for s, _ in self.samples}
+        self._sheet(images, out)
         return images
 
     def _one(self, model: Any, i: int, stop: StopSignal) -> Image.Image:
         def poll(pipe: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
-            if stop.asked:
+            if stop.asked and not self.trainer.group.lockstep:
                 raise _Stopped
             return values
 
