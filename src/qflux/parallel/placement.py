@@ -95,6 +95,12 @@ def environment_problems(environment: Mapping[str, str], config: Config, kind: s
         found, neutral = environment.get(name), "no" if name.endswith("PRECISION") else "1"
         if found not in (None, "", neutral, own, "auto"):
             problems.append(f"{name}: found {found}, but {key} is {own}; leave it out of the launcher's config")
+    processes = environment.get("WORLD_SIZE", "1")
+    if config.model.split_model_over_gpus and processes != "1":
+        problems.append(
+            f"model.split_model_over_gpus: found true with {processes} processes (WORLD_SIZE); one process drives all "
+            "devices: set it to false, or start with --num_processes 1"
+        )
     for name in sorted(environment):
         used = name.removeprefix("ACCELERATE_USE_")
         if used != name and used not in ("FSDP", "DEEPSPEED", "CPU") and _on(environment, name):
