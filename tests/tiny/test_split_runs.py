@@ -1,0 +1,83 @@
+"""Whole runs of a network over several devices of one machine; two stages of the CPU stand in for them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tiny_project import WEIGHTS, Project, adapter_bytes, checkpoint, column
+
+from qflux.io.tensors import load_tensors
+from qflux.parallel.placement import Placement
+
+STEPS = ("data.batch_size=1", "train.gradient_accumulation_steps=4", "train.max_train_steps=3")
+SPLIT = ("model.split_model_over_gpus=true", "model.split_devices=[cpu, cpu]")
+
+
+@pytest.fixture
+def backwards(monkeypatch: pytest.MonkeyPatch) -> list[None]:
+    """An entry for each call of backward."""
+    calls, original = [], Placement.backward
+
+    def backward(self: Placement, loss: Any) -> None:
+        calls.append(None)
+        original(self, loss)
+
+    monkeypatch.setattr(Placement, "backward", backward)
+    return calls
+
+
+def test_a_split_run_is_the_run_to_the_bit(project: Project) -> None:
+    plain = project.train(*STEPS, *project.validating(), name="plain")
+    split = project.train(*STEPS, *project.validating(), *SPLIT, name="split")
+    assert column(split, "loss") == column(plain, "loss")
+    assert adapter_bytes(split, 3) == adapter_bytes(plain, 3)
+    pictures = sorted((plain / "samples").rglob("*.png"))
+    assert len(pictures) > 1
+    assert all((split / path.relative_to(plain)).read_bytes() == path.read_bytes() for path in pictures)
+
+
+@pytest.mark.parametrize(("at_once", "expected"), [(2, 6), (3, 6), (4, 3)])
+def test_forwards_before_one_backward_of_their_sum(
+    project: Project, backwards: list[None], at_once: int, expected: int
+) -> None:
+    plain = project.train(*STEPS, name="plain")
+    assert len(backwards) == 12
+    backwards.clear()
+    split = project.train(*STEPS, *SPLIT, f"model.split_micro_batches={at_once}", name="split")
+    assert len(backwards) == expected
+    first, second = (load_tensors(checkpoint(run, 3) / WEIGHTS) for run in (plain, split))
+    assert first.keys() == second.keys()
+    assert max(float((first[name] - second[name]).abs().max()) for name in first) <= 1e-6
+    assert column(split, "loss") == pytest.approx(column(plain, "loss"), abs=1e-6)
+
+
+def test_the_split_is_told_and_a_run_goes_on_without_it(project: Project) -> None:
+    done = project.run(
+        "train.max_train_steps=2", *SPLIT, "model.split_model_strategy=manual", "model.split_model_blocks=[1, 0]"
+    )
+    assert done.code == 2
+    assert "model.split_model_blocks: found [1, 0], 2 numbers with the sum 1; expected 2" in done.err
+    done = project.run("train.max_train_steps=2", "train.checkpointing_steps=1", *SPLIT)
+    assert done.code == 0, done.err
+    assert "split (auto): cpu " in done.out
+    assert done.foreign == []
+    assert project.run("train.max_train_steps=4", "--resume", "auto").code == 0
+
+
+def test_samples_are_drawn_through_the_split(project: Project) -> None:
+    plain = project.run("--sample", "--out", "plain", *project.validating())
+    split = project.run("--sample", "--out", "split", *project.validating(), *SPLIT)
+    assert (plain.code, split.code) == (0, 0), plain.err + split.err
+    names = sorted(path.name for path in (project.root / "plain").glob("*.png"))
+    assert names
+    assert all((project.root / "split" / n).read_bytes() == (project.root / "plain" / n).read_bytes() for n in names)
+
+
+def test_devices_that_are_not_there(project: Project) -> None:
+    missing = torch.cuda.device_count()
+    done = project.run(SPLIT[0], f"model.split_devices=[cuda:{missing}, xpu:x]")
+    assert done.code == 2
+    assert f"found 'cuda:{missing}', but this machine has {missing} GPUs" in done.err
+    assert "found 'xpu:x', expected devices such as cuda:0 or cpu" in done.err
