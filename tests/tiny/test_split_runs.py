@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -73,6 +75,39 @@ def test_samples_are_drawn_through_the_split(project: Project) -> None:
     names = sorted(path.name for path in (project.root / "plain").glob("*.png"))
     assert names
     assert all((project.root / "split" / n).read_bytes() == (project.root / "plain" / n).read_bytes() for n in names)
+
+
+def test_the_cache_is_made_without_the_devices(project: Project) -> None:
+    done = project.run("--cache", SPLIT[0], "model.split_devices=[cuda:99]")
+    assert done.code == 0, done.err
+
+
+@pytest.mark.parametrize(
+    ("device", "lora", "mapped"), [("cuda:0", "{r: 4}", True), ("cuda:0", "null", False), ("cpu", "{r: 4}", False)]
+)
+def test_the_network_waits_on_the_host(
+    tiny: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch, device: str, lora: str, mapped: bool
+) -> None:
+    seen: dict[str, tuple[str, bool]] = {}
+
+    def load(cls: type, folder: Path, component: str, dtype: Any, place: Any, *_: Any, mapped: bool, **__: Any) -> None:
+        seen[component] = str(place), mapped
+
+    monkeypatch.setattr("qflux.models.streaming.load_streaming", load)
+    trainer = tiny("flux2").make(f"model.lora={lora}", SPLIT[0])
+    trainer.device = torch.device(device)
+    for component in ("transformer", "text_encoder"):
+        trainer.load_network(torch.nn.Module, component)
+    assert seen == {"transformer": ("cpu", mapped), "text_encoder": (device, False)}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize(("devices", "precision"), [("[cuda:0, cuda:0]", 1e-6), ("[cuda:0, cpu]", 1e-4)])
+def test_on_a_gpu(project: Project, devices: str, precision: float) -> None:
+    plain = project.train(*STEPS, "model.split_model_over_gpus=false", name="plain")
+    blocks = ("model.split_model_strategy=manual", "model.split_model_blocks=[1, 1]")
+    split = project.train(*STEPS, SPLIT[0], f"model.split_devices={devices}", *blocks, name="split")
+    assert column(split, "loss") == pytest.approx(column(plain, "loss"), rel=precision)
 
 
 def test_devices_that_are_not_there(project: Project) -> None:
