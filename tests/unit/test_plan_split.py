@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 
 from qflux.config import Config
+from qflux.errors import UserError
 from qflux.main import import_trainer
 from qflux.parallel.split_plan import SplitDevice
 from qflux.tools import plan_split
 from qflux.tools.plan import make_plan
 from qflux.tools.plan_split import usable
+from qflux.tools.plan_start import split_planner
 
 ROOT = Path(__file__).resolve().parents[2]
 SCHEMA = json.loads((ROOT / "docs/schemas/plan.schema.json").read_text())
@@ -113,3 +115,25 @@ def test_what_else_is_resident_is_on_the_first_device():
     first, second = (load.device.resident for load in found.split.loads)
     assert first == sum(found.estimate.component_bytes(name, found.setup) for name in ("vae", "text_encoder"))
     assert second == 0
+
+
+@pytest.mark.parametrize(
+    ("limit", "expected"),
+    [
+        (None, [usable(40 * GIB, 0), usable(48 * GIB, 0), usable(48 * GIB, 0)]),
+        ("60GB", [usable(60 * GIB), usable(60 * GIB) // 2, usable(60 * GIB) // 2]),
+        ("none", [None, None, None]),
+    ],
+)
+def test_capacities_are_what_is_free_or_what_the_config_says(limit, expected):
+    config = plan_of(model=SPLIT, gradient_checkpointing="full", memory_limit=limit).config
+    planner = split_planner(config, import_trainer(config), [], Path("nowhere"))
+    free = [SplitDevice("cuda:0", 40 * GIB), SplitDevice("cuda:1", 48 * GIB), SplitDevice("cuda:1", 48 * GIB)]
+    assert [load.device.capacity for load in planner(free).loads] == expected
+
+
+def test_a_run_that_no_device_holds_is_refused_when_it_starts():
+    config = plan_of(model=SPLIT, memory_limit="24GB").config
+    planner = split_planner(config, import_trainer(config), [], Path("nowhere"))
+    with pytest.raises(UserError, match=r"model\.split_model_strategy: auto does not fit 56 blocks on 2 devices"):
+        planner([SplitDevice("cuda:0"), SplitDevice("cuda:1")])

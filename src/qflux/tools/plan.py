@@ -203,6 +203,7 @@ def make_plan(
     memory: int | None = None,
     datasets: Sequence[EditDataset] = (),
     model: Path | None = None,
+    split: bool = True,
 ) -> Plan:
     """Plan a run from its config, the family's data and the data set's headers; loads no weights and no torch.
 
@@ -210,6 +211,7 @@ def make_plan(
               of ``train.memory_limit`` where that is one
     datasets  the training set, and the held-out set if there is one, where they are open already
     model     the model's folder on this machine, for a model that the family's data does not describe
+    split     also the split over devices that the config names or that are assumed
 
     Raises UserError for a hub model that the family's data does not describe, and for adapter targets that select
     nothing.
@@ -226,7 +228,7 @@ def make_plan(
     setup, limit = setup_of(config), config.train.memory_limit
     if memory is None and limit not in (None, "none"):
         memory = memory_bytes(str(limit))
-    split, refused = _split(estimate, setup, memory)
+    divided, refused = _split(estimate, setup, memory) if split else (None, [])
     return Plan(
         config=config,
         family=family,
@@ -239,7 +241,7 @@ def make_plan(
         notes=(*data.notes, *_notes(estimate)),
         problems=(*_problems(config, family, layouts), *refused),
         advice=None if memory is None or config.model.split_model_over_gpus else advise(estimate, setup, memory),
-        split=split,
+        split=divided,
     )
 
 

@@ -31,7 +31,7 @@ def check_plan(config: Config, trainer_class: type[BaseTrainer], datasets: Seque
     A plan by a rule of thumb only warns; what cannot be planned at all is not checked.
     """
     try:
-        plan = make_plan(config, trainer_class, datasets=datasets, model=folder)
+        plan = make_plan(config, trainer_class, datasets=datasets, model=folder, split=False)
     except UserError as error:
         say(f"plan: none, {error.problems[0]}")
         return
@@ -62,7 +62,7 @@ def split_planner(
     """
 
     def divide(devices: Sequence[SplitDevice]) -> SplitPlan:
-        estimate = make_plan(config, trainer_class, datasets=datasets, model=folder).estimate
+        estimate = make_plan(config, trainer_class, datasets=datasets, model=folder, split=False).estimate
         limit, names = config.train.memory_limit, [each.name for each in devices]
         if limit is None:
             found = [each.capacity and usable(each.capacity, 0) for each in devices]
