@@ -20,7 +20,8 @@ SPLIT = ("model.split_model_over_gpus=true", "model.split_devices=[cpu, cpu]")
 @pytest.fixture
 def backwards(monkeypatch: pytest.MonkeyPatch) -> list[None]:
     """An entry for each call of backward."""
-    calls, original = [], Placement.backward
+    calls: list[None] = []
+    original = Placement.backward
 
     def backward(self: Placement, loss: Any) -> None:
         calls.append(None)
