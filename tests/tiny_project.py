@@ -36,6 +36,8 @@ _RATE = r"\d+/\d+  [\d.]+( image| step)?/s(  eta \d+:\d\d:\d\d)?(  \w+ \S+)*"
 OUR_LINES = [
     r"plan: a device needs about \S+ [KMG]iB \(.+\)",
     r"plan: the disk holds .+ checkpoints? of .+",
+    r"plan: that is one device with the whole network",
+    r"split \(\w+\): .+; \d+ transfers a forward, .+",
     r"run folder \S+",
     rf"(caching|checking cache|training|sampling [\w-]+) {_RATE}",
     r"cache: \d+ reused, \d+ encoded, \d+ repaired in \d+:\d\d:\d\d",

@@ -93,6 +93,22 @@ class ModelConfig(Section):
     lora: LoraConfig | None = Field(
         default_factory=LoraConfig, description="adapter to train; null = the whole network"
     )
+    split_model_over_gpus: Flag = Field(default=False, description="true: one process, the network over several GPUs")
+    split_model_strategy: Literal["auto", "contiguous", "greedy", "manual"] = Field(
+        default="auto", description="which block lies on which device; auto = the smallest share of each memory"
+    )
+    split_model_other_module_param_count_scale: NotNegative = Field(
+        default=0.3, description="of contiguous and greedy: other modules on the first device, in 25e9 parameters"
+    )
+    split_model_blocks: tuple[Count, ...] | None = Field(
+        default=None, description="of manual: blocks of each device, in the order of the forward"
+    )
+    split_devices: tuple[Text, ...] | None = Field(
+        default=None, min_length=1, description="devices of the split, such as cuda:0; null = all GPUs"
+    )
+    split_micro_batches: Positive = Field(
+        default=1, description="micro-batches of a step whose forwards come before one backward, so that GPUs overlap"
+    )
 
 
 class OptimizerConfig(Section):

@@ -188,6 +188,10 @@ def run(args: argparse.Namespace, stop: StopSignal) -> int:
 
     dtype = torch_dtype(config.train.mixed_precision if config.model.lora is not None else "no")
     trainer = trainer_class(config, folder, dtype=dtype, device=torch.device("cpu"))
+    if config.model.split_model_over_gpus:
+        from qflux.tools.plan_start import split_planner
+
+        trainer.plan_split = split_planner(config, trainer_class, datasets, folder)
     if args.cache:
         trainer.cache(stop)
     elif args.sample:

@@ -45,6 +45,30 @@ def test_methods_by_component():
         ({"lora": None}, {"offload_blocks": 2}, ["train.offload_blocks: model.lora: null trains all weights"]),
         ({}, {"offload_activations": True}, ["train.offload_activations: found true, but"]),
         ({}, {"offload_activations": True, "gradient_checkpointing": "full"}, []),
+        ({"split_model_over_gpus": True}, {}, []),
+        ({"split_model_over_gpus": True, "quantize": "bnb-nf4"}, {}, []),
+        (
+            {"split_model_over_gpus": True},
+            {"offload_blocks": 2},
+            ["model.split_model_over_gpus: found true with train.offload_blocks: 2;"],
+        ),
+        ({"split_model_blocks": (1, 2)}, {}, ["model.split_model_blocks: only model.split_model_strategy: manual"]),
+        (
+            {"split_model_over_gpus": True, "split_model_strategy": "manual"},
+            {},
+            ["model.split_model_strategy: manual needs model.split_model_blocks, found null"],
+        ),
+        ({"split_micro_batches": 2}, {}, ["model.split_micro_batches: found 2, but model.split_model_over_gpus is"]),
+        (
+            {"split_model_over_gpus": True, "split_micro_batches": 4},
+            {"gradient_accumulation_steps": 2},
+            ["model.split_micro_batches: found 4, but train.gradient_accumulation_steps is 2"],
+        ),
+        (
+            {"split_model_over_gpus": True, "split_micro_batches": 2},
+            {"gradient_accumulation_steps": 2},
+            [],
+        ),
         (
             {"quantize_text_encoders": {"text_encoder_9": True, "tok": True}},
             {},

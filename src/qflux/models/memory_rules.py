@@ -49,7 +49,7 @@ def package_of(method: str) -> str:
 
 
 def refusals(config: Config, family: Family) -> list[str]:
-    """What of quantizing, offloading and recomputing cannot work, one line each, before anything is loaded."""
+    """What of quantizing, offloading, recomputing and splitting cannot work, one line each, before weights load."""
     model, train = config.model, config.train
     wanted: dict[str, str | None] = {"model.quantize": model.quantize or None}
     of_text = model.quantize_text_encoders
@@ -76,6 +76,35 @@ def refusals(config: Config, family: Family) -> list[str]:
         problems.append(
             "train.offload_activations: found true, but train.gradient_checkpointing: none recomputes nothing, and "
             "everything else stays on the device; set full"
+        )
+    return problems + _split_problems(config)
+
+
+def _split_problems(config: Config) -> list[str]:
+    """What does not go with a network over several devices, one line each."""
+    model, train = config.model, config.train
+    split, at_once = "model.split_model_over_gpus", model.split_micro_batches
+    problems = []
+    if model.split_model_blocks is not None and model.split_model_strategy != "manual":
+        problems.append(
+            f"model.split_model_blocks: only model.split_model_strategy: manual reads it, found "
+            f"{model.split_model_strategy}; set that or remove it"
+        )
+    if not model.split_model_over_gpus:
+        if at_once > 1:
+            problems.append(f"model.split_micro_batches: found {at_once}, but {split} is false; set it true, or 1 here")
+        return problems
+    if train.offload_blocks:
+        problems.append(
+            f"{split}: found true with train.offload_blocks: {train.offload_blocks}; a split block stays on its "
+            "device: set one of them to false or 0"
+        )
+    if model.split_model_strategy == "manual" and model.split_model_blocks is None:
+        problems.append("model.split_model_strategy: manual needs model.split_model_blocks, found null")
+    if at_once > train.gradient_accumulation_steps:
+        problems.append(
+            f"model.split_micro_batches: found {at_once}, but train.gradient_accumulation_steps is "
+            f"{train.gradient_accumulation_steps}, and a step has so many; raise that or lower this"
         )
     return problems
 

@@ -9,6 +9,7 @@ one process           nothing is wrapped
 several (default)     DDP: the whole model on each device, only trained parameters' gradients travel
 FSDP2                 the base is sharded over the devices, see ``qflux.parallel.sharded``
 DeepSpeed ZeRO-2, -3  its engine, see ``qflux.parallel.zero``
+one, the config asks  blocks over several devices, see ``qflux.parallel.split_placement``
 ====================  =================================================================================
 """
 
@@ -19,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,9 @@ from qflux.models.adapters import trainable
 from qflux.models.optimizers import guarded_step, load_optimizer_state, optimizer_state
 from qflux.parallel.group import Group, connect_to_launcher
 from qflux.types import Family
+
+if TYPE_CHECKING:
+    from qflux.parallel.split_placement import Planner
 
 # fp16 gradients of a mean over many positions fall below its smallest number; a fixed power of two keeps them exact.
 FP16_LOSS_SCALE = 1024.0
@@ -48,8 +52,11 @@ class Seat:
     processes: int
 
 
-def open_placement(config: Config, family: Family) -> Placement:
-    """Join the run's processes as the launcher's environment says; UserError where that contradicts the config."""
+def open_placement(config: Config, family: Family, plan_split: Planner | None = None) -> Placement:
+    """Join the run's processes as the launcher's environment says; UserError where that contradicts the config.
+
+    ``plan_split`` divides the network over devices where the config asks for that; None = no network is placed.
+    """
     kind = launched_as(os.environ)
     problems = environment_problems(os.environ, config, kind)
     if kind == "deepspeed":
@@ -60,6 +67,10 @@ def open_placement(config: Config, family: Family) -> Placement:
         raise UserError(*problems)
     seat = take_seat()
     group = Group(seat.rank, seat.processes, connect_to_launcher, config.train.peer_timeout)
+    if config.model.split_model_over_gpus and plan_split is not None:
+        from qflux.parallel.split_placement import SplitPlacement
+
+        return SplitPlacement(config, family, seat, group, plan_split)
     return _class_of(kind, seat)(config, family, seat, group)
 
 
@@ -95,6 +106,12 @@ def environment_problems(environment: Mapping[str, str], config: Config, kind: s
         found, neutral = environment.get(name), "no" if name.endswith("PRECISION") else "1"
         if found not in (None, "", neutral, own, "auto"):
             problems.append(f"{name}: found {found}, but {key} is {own}; leave it out of the launcher's config")
+    processes = environment.get("WORLD_SIZE", "1")
+    if config.model.split_model_over_gpus and processes != "1":
+        problems.append(
+            f"model.split_model_over_gpus: found true with {processes} processes (WORLD_SIZE); one process drives all "
+            "devices: set it to false, or start with --num_processes 1"
+        )
     for name in sorted(environment):
         used = name.removeprefix("ACCELERATE_USE_")
         if used != name and used not in ("FSDP", "DEEPSPEED", "CPU") and _on(environment, name):

@@ -21,6 +21,7 @@ from qflux.io.json_files import read_object
 from qflux.models.memory_rules import encoders, refusals, stored_problems
 from qflux.models.structures import FILE as STRUCTURES
 from qflux.models.structures import family_data, structures
+from qflux.parallel.split_plan import SplitPlan
 from qflux.tools.plan_activations import MODES, Tokens, section
 from qflux.tools.plan_data import (
     CacheSize,
@@ -34,6 +35,7 @@ from qflux.tools.plan_data import (
 from qflux.tools.plan_ladder import ENCODERS, Advice, advise
 from qflux.tools.plan_memory import KEY, Layout, adapted_linears, folder_layout, known_layouts, state_bytes
 from qflux.tools.plan_phases import VALIDATING, Estimate, Phase, Setup, setup_of, worst
+from qflux.tools.plan_split import named_devices, plan_of, split_dict
 from qflux.tools.plan_text import plan_text, remedy, size, summary
 from qflux.tools.plan_validation import drawn_shapes, held_out_shapes, read_held_out
 from qflux.types import Family
@@ -85,6 +87,7 @@ class Plan:
     notes: tuple[str, ...]
     problems: tuple[str, ...] = ()
     advice: Advice | None = field(default=None)
+    split: SplitPlan | None = None
 
     @property
     def peak(self) -> Phase:
@@ -175,6 +178,7 @@ class Plan:
                 "epochs": None if not samples else train.max_train_steps * batch / samples,
             },
             "advice": None if self.advice is None else _advice_dict(self.advice),
+            "split": None if self.split is None else split_dict(self.split),
             "notes": list(self.notes),
             "problems": list(self.problems),
         }  # fmt: skip
@@ -199,6 +203,7 @@ def make_plan(
     memory: int | None = None,
     datasets: Sequence[EditDataset] = (),
     model: Path | None = None,
+    split: bool = True,
 ) -> Plan:
     """Plan a run from its config, the family's data and the data set's headers; loads no weights and no torch.
 
@@ -206,6 +211,7 @@ def make_plan(
               of ``train.memory_limit`` where that is one
     datasets  the training set, and the held-out set if there is one, where they are open already
     model     the model's folder on this machine, for a model that the family's data does not describe
+    split     also the split over devices that the config names or that are assumed
 
     Raises UserError for a hub model that the family's data does not describe, and for adapter targets that select
     nothing.
@@ -222,6 +228,7 @@ def make_plan(
     setup, limit = setup_of(config), config.train.memory_limit
     if memory is None and limit not in (None, "none"):
         memory = memory_bytes(str(limit))
+    divided, refused = _split(estimate, setup, memory) if split else (None, [])
     return Plan(
         config=config,
         family=family,
@@ -232,9 +239,20 @@ def make_plan(
         data=data,
         disk=_disk(estimate, setup, structure, text, held_out),
         notes=(*data.notes, *_notes(estimate)),
-        problems=tuple(_problems(config, family, layouts)),
-        advice=None if memory is None else advise(estimate, setup, memory),
+        problems=(*_problems(config, family, layouts), *refused),
+        advice=None if memory is None or config.model.split_model_over_gpus else advise(estimate, setup, memory),
+        split=divided,
     )
+
+
+def _split(estimate: Estimate, setup: Setup, memory: int | None) -> tuple[SplitPlan | None, list[str]]:
+    """(where the blocks lie, None where they are not split; why they cannot be)."""
+    if not estimate.config.model.split_model_over_gpus:
+        return None, []
+    try:
+        return plan_of(estimate, setup, named_devices(estimate.config, memory)), []
+    except UserError as error:
+        return None, list(error.problems)
 
 
 def _data(

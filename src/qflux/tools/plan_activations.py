@@ -9,6 +9,7 @@ image's or the text's. Attention counts as fused kernels keep it: queries, keys,
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -132,9 +133,21 @@ class Network:
                 found.append(block if trained else Block(block.input, 0, 0, 0, 0, block.inference, block.inference))
         return found
 
+    def products(self, name: str, tokens: Tokens) -> int:
+        """Multiplications in the forward of one block of the list ``name``: linear layers, and the attention's two."""
+        shapes, every = self.layout.blocks[name][1], tokens.of("all")
+        linear = {tensor: shape for tensor, shape in shapes.items() if len(shape) == 2}
+        streams = {}
+        if self.description:
+            steps = self.description["lists"][name]["steps"]
+            streams = {f"{step['linear']}.weight": step["of"] for step in steps if "linear" in step}
+            linear = {tensor: linear[tensor] for tensor in streams}
+        found = sum(math.prod(shape) * tokens.of(streams.get(tensor, "all")) for tensor, shape in linear.items())
+        return found + 2 * every * (tokens.image + tokens.text) * self.hidden()
+
     def after(self, tokens: Tokens) -> int:
         """Bytes kept behind the blocks: the input of the last norm."""
-        width = self._width(self.description["after"]) if self.description else self._hidden()
+        width = self._width(self.description["after"]) if self.description else self.hidden()
         return width * tokens.of("all") * self.how.dtype_bytes
 
     def saved(self, mode: str, tokens: Tokens, offloaded: Container[int] = (), parked: bool = False) -> int:
@@ -143,22 +156,22 @@ class Network:
         ``offloaded`` blocks, by index, are recomputed in every mode; with ``parked`` the inputs of what the mode
         recomputes wait in host memory.
         """
-        held = sum(block.saved(mode, again, away) for block, again, away in self._held(mode, tokens, offloaded, parked))
+        held = sum(block.saved(mode, again, away) for block, again, away in self.held(mode, tokens, offloaded, parked))
         return held + self.after(tokens)
 
     def peak(self, mode: str, tokens: Tokens, offloaded: Container[int] = (), parked: bool = False) -> int:
         """The most activations take at one moment of forward and backward, temporaries included."""
         held = most = 0
-        for block, again, away in self._held(mode, tokens, offloaded, parked):
+        for block, again, away in self.held(mode, tokens, offloaded, parked):
             # One input more is on its way to host memory while this block computes.
             most = max(most, held + (block.input if again else 0) + (block.input if away else 0) + block.running)
             held += block.saved(mode, again, away)
         return max(most, held + self.after(tokens))
 
-    def _held(
+    def held(
         self, mode: str, tokens: Tokens, offloaded: Container[int], parked: bool
     ) -> Iterator[tuple[Block, bool, bool]]:
-        """Every block, whether it is recomputed as a whole, and whether what it is called with leaves the device."""
+        """Each block, whether it is recomputed as a whole, and whether what it is called with leaves the device."""
         moves = self.how.full or self.before  # only what carries gradients does
         for index, block in enumerate(self.blocks(tokens)):
             chosen = recomputed(mode, index)
@@ -193,14 +206,14 @@ class Network:
         )
 
     def _generic(self, name: str, adapted: frozenset[str], tokens: Tokens) -> Block:
-        hidden = self._hidden()
+        hidden = self.hidden()
         wide = sum(self.layout.blocks[name][1][f"{each}.weight"][1] for each in adapted)
         count, b = tokens.of("all"), self.how.dtype_bytes
         kept = count * (_GENERIC["save"] * hidden * b + _GENERIC["adapted"] * wide)
         given = count * hidden * b
         return Block(given, kept, kept // 3, given, given, kept + 12 * given, 16 * given)
 
-    def _hidden(self) -> int:
+    def hidden(self) -> int:
         """The width of the first block's first square linear layer, or of its first one."""
         shapes = [s for n, s in self.layout.blocks[self.lists[0]][1].items() if len(s) == 2] if self.lists else []
         return next((s[1] for s in shapes if s[0] == s[1]), shapes[0][1] if shapes else 0)

@@ -179,7 +179,7 @@ class Estimate:
         """Pinned host memory in bytes: of offloaded blocks, and of activations that wait there."""
         blocks = self.blocks(setup)
         offloaded = _offloaded(blocks, setup)
-        network, tokens = self.computing(setup), self._tokens()
+        network, tokens = self.computing(setup), self.tokens()
         here = [network.saved(setup.checkpointing, tokens, offloaded, parked) for parked in (False, setup.parked)]
         return {"offloaded": sum(blocks[index] for index in offloaded), "activations": here[0] - here[1]}
 
@@ -188,7 +188,7 @@ class Estimate:
         cache = self.config.cache
         elsewhere = setup.use_cache and cache.on_missing == "refuse"
         found = [] if elsewhere else [self._encoding(stage, setup) for stage in self.family.stages]
-        held = self._held(setup)
+        held = self.held(setup)
         found.append(Phase("training step", held | self._training(setup)))
         settings = self.config.logging.validation
         if settings.steps and settings.held_out:
@@ -200,7 +200,7 @@ class Estimate:
         found.append(Phase("saving a checkpoint", held | {"copies of what is trained": self._copies(setup)}))
         return found
 
-    def _tokens(self, batch: int | None = None) -> Tokens:
+    def tokens(self, batch: int | None = None) -> Tokens:
         """Of the largest shape."""
         tokens = self.data.shapes[0].tokens
         return Tokens(tokens.image, tokens.text, batch or self.config.data.batch_size)
@@ -231,7 +231,7 @@ class Estimate:
         logits = vocabulary if any(name.startswith("lm_head") for name in layout.rest) else 0
         return self.data.shapes[0].tokens.text * (hidden * (layers + 4) + 3 * wide + logits) * self.base_bytes(setup)
 
-    def _held(self, setup: Setup) -> dict[str, int]:
+    def held(self, setup: Setup) -> dict[str, int]:
         """What lies on the device all through training."""
         numbers = sum(map(math.prod, self.trained))
         share = setup.devices
@@ -251,7 +251,7 @@ class Estimate:
 
     def _training(self, setup: Setup) -> dict[str, int]:
         numbers, network = sum(map(math.prod, self.trained)), self.computing(setup)
-        tokens, mode = self._tokens(), setup.checkpointing
+        tokens, mode = self.tokens(), setup.checkpointing
         offloaded = frozenset(_offloaded(self.blocks(setup), setup))
         peak = network.peak(mode, tokens, offloaded, setup.parked)
         if setup.devices > 1:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,8 +13,10 @@ from qflux.config_values import memory_bytes
 from qflux.data.dataset import EditDataset
 from qflux.errors import UserError
 from qflux.io.progress import say
+from qflux.parallel.split_plan import SplitDevice, SplitPlan
 from qflux.tools.plan import make_plan
-from qflux.tools.plan_phases import CONTEXT
+from qflux.tools.plan_phases import CONTEXT, setup_of
+from qflux.tools.plan_split import plan_of, usable
 
 if TYPE_CHECKING:
     from qflux.trainer.base_trainer import BaseTrainer
@@ -28,7 +31,7 @@ def check_plan(config: Config, trainer_class: type[BaseTrainer], datasets: Seque
     A plan by a rule of thumb only warns; what cannot be planned at all is not checked.
     """
     try:
-        plan = make_plan(config, trainer_class, datasets=datasets, model=folder)
+        plan = make_plan(config, trainer_class, datasets=datasets, model=folder, split=False)
     except UserError as error:
         say(f"plan: none, {error.problems[0]}")
         return
@@ -36,6 +39,9 @@ def check_plan(config: Config, trainer_class: type[BaseTrainer], datasets: Seque
         raise UserError(*plan.problems)
     for line in plan.summary():
         say(line)
+    if config.model.split_model_over_gpus:
+        say("plan: that is one device with the whole network")
+        return
     memory = memory_to_fit(config.train.memory_limit)
     if _in_shards():
         say("plan: that is one device with the whole network; spread over several each takes less")
@@ -45,6 +51,28 @@ def check_plan(config: Config, trainer_class: type[BaseTrainer], datasets: Seque
         raise UserError(*refused)
     for line in refused:
         say(f"plan: by a rule of thumb, {line}")
+
+
+def split_planner(
+    config: Config, trainer_class: type[BaseTrainer], datasets: Sequence[EditDataset], folder: Path
+) -> Callable[[Sequence[SplitDevice]], SplitPlan]:
+    """What divides the network over devices with so many free bytes, for ``BaseTrainer.plan_split``.
+
+    ``train.memory_limit`` stands in for what is free where it is an amount, and lifts the limit where it is none.
+    """
+
+    def divide(devices: Sequence[SplitDevice]) -> SplitPlan:
+        estimate = make_plan(config, trainer_class, datasets=datasets, model=folder, split=False).estimate
+        limit, names = config.train.memory_limit, [each.name for each in devices]
+        if limit is None:
+            found = [each.capacity and usable(each.capacity, 0) for each in devices]
+        else:
+            whole = None if limit == "none" else usable(memory_bytes(limit))
+            found = [whole and whole // names.count(name) for name in names]
+        devices = [replace(each, capacity=capacity) for each, capacity in zip(devices, found, strict=True)]
+        return plan_of(estimate, setup_of(config), devices)
+
+    return divide
 
 
 def _in_shards() -> bool:

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from qflux.tools.plan_activations import MODES
 from qflux.tools.plan_memory import state_bytes
+from qflux.tools.plan_split import advice
 
 if TYPE_CHECKING:
+    from qflux.parallel.split_plan import SplitPlan
     from qflux.tools.plan import Plan
     from qflux.tools.plan_ladder import Advice, Change
     from qflux.types import Size
@@ -31,6 +33,8 @@ def size(count: int) -> str:
 def plan_text(plan: Plan) -> str:
     """The whole plan."""
     parts = [_model_lines(plan), _data_lines(plan), _memory_lines(plan), _end_lines(plan)]
+    if plan.split:
+        parts.append(_split_lines(plan, plan.split))
     if plan.advice:
         parts.append(_advice_lines(plan.advice))
     return "\n\n".join("\n".join(lines) for lines in parts)
@@ -111,6 +115,32 @@ def _memory_lines(plan: Plan) -> list[str]:
         f"peak: {peak.name}, {size(peak.bytes)}; a card needs about {size(peak.needed)}",
         *([f"host memory, pinned: {' and '.join(waiting)}"] if waiting else []),
     ]
+
+
+def _split_lines(plan: Plan, split: SplitPlan) -> list[str]:
+    unit, scale = _unit(load.bytes for load in split.loads)
+    rows: list[Sequence[str]] = [
+        ("device", "blocks", f"weights, {unit}", "trained", "activations", "others", "in all", "of")
+    ]
+    for load in split.loads:
+        blocks = " + ".join(f"{count} {name}" for name, count in load.blocks) or "none"
+        figures = (load.weights, load.trained, load.activations, load.device.resident, load.bytes)
+        capacity = load.device.capacity
+        given = "?" if capacity is None else _amount(capacity, scale)
+        rows.append((load.device.name, blocks, *(_amount(figure, scale) for figure in figures), given))
+    whole = next(phase.bytes for phase in plan.phases if phase.name == "training step")
+    lines = [
+        *_wrapped(
+            f"the network over {len(split.loads)} devices ({split.strategy}); phases above are those of one", "  "
+        ),
+        *_table(rows, "<<>>>>>>"),
+        f"{split.transfers} transfers a forward, {size(split.step_bytes)} cross in {split.micro_batches} "
+        f"micro-batch{'es' * (split.micro_batches > 1)}; balance of compute {split.balance:.2f}",
+    ]
+    for word, said in (("note", (*split.warnings, *split.notes)), ("advice", advice(plan.config, split, whole))):
+        for line in said:
+            lines += _wrapped(f"{word}: {line}", " " * (len(word) + 2))
+    return lines
 
 
 def _end_lines(plan: Plan) -> list[str]:

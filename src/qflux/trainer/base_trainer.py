@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from qflux.config import Config
     from qflux.parallel.group import Group
     from qflux.parallel.placement import Placement
+    from qflux.parallel.split_placement import Planner
     from qflux.runtime.signals import StopSignal
 
 HOOKS = ("load", "encode", "predict", "pipeline", "call_kwargs")
@@ -56,6 +57,7 @@ class BaseTrainer(ABC):
     def __init__(self, config: Config, folder: Path, *, dtype: torch.dtype, device: torch.device) -> None:
         self.config, self.folder, self.dtype, self.device = config, folder, dtype, device
         self._group: Group | None = None
+        self.plan_split: Planner | None = None  # set by whoever knows the plan, for model.split_model_over_gpus
 
     @property
     def group(self) -> Group:
@@ -95,15 +97,17 @@ class BaseTrainer(ABC):
         """A network of the model's folder as ``cls``, in ``self.dtype``, quantized as the config asks; frozen.
 
         Everything goes to ``self.device`` tensor by tensor, but for the denoiser where its blocks are offloaded (it
-        stays in host memory) or spread over processes (it stays in the mapped files). ``options`` go to a transformers
-        class's ``from_pretrained``.
+        stays in host memory) or spread over processes or devices (it stays in the mapped files where nothing writes to
+        it before it moves). ``options`` go to a transformers class's ``from_pretrained``.
         """
         from qflux.models.memory_rules import method_of
         from qflux.models.streaming import load_streaming
 
         denoiser = component == self.family.denoiser
         in_shards = denoiser and self.group.lockstep
-        waiting = in_shards or (denoiser and self.config.train.offload_blocks > 0)
+        split = denoiser and self.config.model.split_model_over_gpus
+        waiting = in_shards or split or (denoiser and self.config.train.offload_blocks > 0)
+        frozen = self.config.model.lora is not None and self.device.type != "cpu"
         return load_streaming(
             cls,
             self.folder,
@@ -114,7 +118,7 @@ class BaseTrainer(ABC):
             self.family.keep if denoiser else (),
             self.family.block_lists if denoiser else (),
             quantize_on=self.device,
-            mapped=in_shards,
+            mapped=in_shards or (split and frozen),
             **options,
         )
 

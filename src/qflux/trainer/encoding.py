@@ -241,7 +241,7 @@ def build_cache(trainer: BaseTrainer, stop: StopSignal) -> None:
     from qflux.trainer.sampling import validation_samples
     from qflux.trainer.setup import joined, open_datasets
 
-    with joined(trainer):
+    with joined(trainer, network=False):
         cache = cache_manager(trainer, memo_of(trainer.config))
         datasets = open_datasets(trainer)
         stop.eager = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import signal
 import time
 from collections.abc import Callable
@@ -298,15 +299,23 @@ def _train(run: Run) -> None:
 
 
 def optimizer_step(run: Run, step: Step, batches: list[Batch]) -> tuple[Tensor, Tensor, Tensor]:
-    """One optimizer step: (mean loss over the step's samples, gradient norm, finite), all on the device."""
+    """One optimizer step: (mean loss over the step's samples, gradient norm, finite), all on the device.
+
+    With ``model.split_micro_batches`` so many forwards come before one backward of their sum: a split network's devices
+    are then at work at the same time.
+    """
     place, weights = run.place, run.weights
+    at_once, forwards = run.trainer.config.model.split_micro_batches, list[Tensor]()
     total = torch.zeros((), device=place.device)
     for k, (micro, batch) in enumerate(zip(step.micros, batches, strict=True)):
         with place.sync_only_at(k == len(batches) - 1):
             on_device = to_device(batch, place.device)
             shift = run.shift(batch.sizes.target.size)
             loss = run.trainer.step(run.model, on_device, weights.state.seed, shift).mean() * micro.share
-            place.backward(loss)
+            forwards.append(loss)
+            if len(forwards) == at_once or k == len(batches) - 1:
+                place.backward(functools.reduce(torch.add, forwards))
+                forwards.clear()
         total += loss.detach()
     parameters = list(weights.params.values())
     norm = place.clip(parameters, run.trainer.config.train.max_grad_norm)

@@ -39,9 +39,14 @@ _SHOWN_SHIFTS = 6
 
 
 @contextmanager
-def joined(trainer: BaseTrainer) -> Iterator[Placement]:
-    """This process among those of the run, while the block lasts; a failure in it is told to the others."""
-    place = open_placement(trainer.config, trainer.family)
+def joined(trainer: BaseTrainer, network: bool = True) -> Iterator[Placement]:
+    """This process among those of the run, while the block lasts; a failure in it is told to the others.
+
+    network  whether the network is to be placed: ValueError where it is to be split and nothing plans that
+    """
+    if network and trainer.config.model.split_model_over_gpus and trainer.plan_split is None:
+        raise ValueError("model.split_model_over_gpus: the trainer has no plan_split, see tools.plan_start")
+    place = open_placement(trainer.config, trainer.family, trainer.plan_split if network else None)
     speak_as(place.rank, met=True)
     trainer.join(place)
     try:
