@@ -54,6 +54,7 @@ OUR_LINES = [
     r"\S+: .+; encoding it again",
     r"SIG(TERM|INT): stopping in good order; once more stops at once",
     r"report \S+/report\.html",
+    r"the (run folder|cache) \S+: the lock of process \d+ on \S+, which is gone, is taken over",
     r"",
 ]
 

@@ -20,10 +20,12 @@ from qflux.config import Config
 from qflux.config_errors import Place, describe, is_path_key
 from qflux.config_yaml import Key, Tree, YamlProblem, key_text, parse
 from qflux.errors import UserError
+from qflux.io.headers import read_header
 from qflux.old_layout import RULES, old_layout_problems
 
 SIZE_LIMIT = 1 << 20
 MODEL = ("model", "pretrained_model_name_or_path")
+ADAPTER = ("model", "lora", "pretrained_weight")
 _HUB_ID = re.compile(r"[\w-][\w.-]*(?:/[\w-][\w.-]*)?", re.ASCII)
 _TOKEN = re.compile(r"hf_[A-Za-z0-9]+")
 _MUST_EXIST = re.compile(
@@ -172,6 +174,17 @@ def _resolve_paths(document: Document) -> None:
             if _MUST_EXIST.fullmatch(key_text(key)) and not os.path.isfile(resolved):
                 said = f"{key_text(key)}: no such file: {resolved!a}; correct the path or remove the entry"
                 document.problems.append(f"{document.place(key)}: {said}")
+            elif key == ADAPTER:
+                document.problems += [f"{document.place(key)}: {key_text(key)}: {said}" for said in _weights(resolved)]
+
+
+def _weights(path: str) -> list[str]:
+    """What is wrong with a file of weights, by its header."""
+    try:
+        read_header(path)
+    except UserError as error:
+        return error.problems
+    return []
 
 
 def _strings(node: Any, key: Key = ()) -> Iterator[tuple[str, Key, Callable[[Any], None]]]:

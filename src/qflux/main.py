@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from qflux.config import Config, load_config
 from qflux.errors import BUG, DONE, Interrupted, QfluxError, UserError
+from qflux.io.atomic import disk_error
 from qflux.io.progress import say, speak_as, speaker
 from qflux.runtime.signals import StopSignal, die_with_parent
 from qflux.trainer.early import NO_MASKS, early_problems, scan_all, scan_held_out
@@ -40,10 +41,15 @@ def import_trainer(config: Config) -> type[BaseTrainer]:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Arguments; anything with ``=`` that is not an option is an override."""
+    rest, care = cache_words(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(prog="qflux.main", description=__doc__)
     parser.add_argument("--config", required=True, type=Path, metavar="RUN.yaml")
     mode = parser.add_mutually_exclusive_group()
-    mode.add_argument("--cache", action="store_true", help="encode everything and stop")
+    mode.add_argument(
+        "--cache",
+        action="store_true",
+        help="encode everything and stop; with verify, gc or explain FILE behind it: look after the cache",
+    )
     mode.add_argument("--sample", action="store_true", help="draw the validation samples")
     mode.add_argument("--check", action="store_true", help="check config and data set, write a contact sheet")
     mode.add_argument("--plan", action="store_true", help="what is loaded where, memory, disk, steps; loads nothing")
@@ -56,7 +62,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--memory", metavar="24GB", help="with --plan: a card, and the first change that fits it")
     parser.add_argument("--resume", metavar="auto|PATH", help="with training: continue a run")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="override values of the config")
-    args = parser.parse_intermixed_args(argv)
+    args = parser.parse_intermixed_args(rest)
+    args.care, args.care_file = care
+    if args.care == "explain" and not args.care_file:
+        parser.error("--cache explain needs FILE, an entry of the cache")
     bad = [word for word in args.overrides if "=" not in word]
     if bad:
         parser.error(f"found {' '.join(bad)}, expected overrides of the form key.path=value")
@@ -75,6 +84,17 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         if given and not fits:
             parser.error(where)
     return args
+
+
+def cache_words(argv: Sequence[str]) -> tuple[list[str], tuple[str | None, Path | None]]:
+    """(the other words, (what to do with the cache, the file to explain)): only literal words follow ``--cache``."""
+    rest = list(argv)
+    at = rest.index("--cache") + 1 if "--cache" in rest else len(rest)
+    if rest[at : at + 1] not in (["verify"], ["gc"], ["explain"]):
+        return rest, (None, None)
+    word = rest.pop(at)
+    file = rest.pop(at) if word == "explain" and rest[at:] and not rest[at].startswith("--") else None
+    return rest, (word, Path(file) if file else None)
 
 
 def check(config: Config, trainer_class: type[BaseTrainer], args: argparse.Namespace) -> int:
@@ -192,6 +212,14 @@ def run(args: argparse.Namespace, stop: StopSignal) -> int:
         from qflux.tools.plan_start import split_planner
 
         trainer.plan_split = split_planner(config, trainer_class, datasets, folder)
+    if args.care:
+        from qflux.trainer.encoding import care_for_cache
+
+        return care_for_cache(trainer, args.care, args.care_file)
+    if not args.sample:
+        from qflux.tools.disk_need import check_disk
+
+        check_disk(trainer, datasets, training=not args.cache, resume=args.resume)
     if args.cache:
         trainer.cache(stop)
     elif args.sample:
@@ -233,7 +261,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         say("interrupted at once")
         return 128 + (stop.number or signal.SIGINT)
-    except Exception:
+    except Exception as error:
+        failed = disk_error(error)
+        if failed is not None:
+            tell(failed)
+            return failed.exit_code
         import traceback
 
         traceback.print_exc()

@@ -23,6 +23,7 @@ from qflux.config_errors import describe, is_path_key, written_key
 from qflux.config_file import read_document
 from qflux.config_yaml import Key, key_text, write_yaml
 from qflux.errors import DONE, USER, QfluxError, UserError
+from qflux.io import atomic
 from qflux.old_layout import OLD_MODULES, Rule, old_keys
 
 SIDE_LIMIT = 1 << 14  # a larger number among old resolutions is an area
@@ -256,8 +257,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     new = options.out or options.old.with_name(f"{options.old.stem}.new.yaml")
     try:
         text, result = migrated_text(options.old, new)
-        with open(new, "x", encoding="utf-8") as stream:
-            stream.write(text)
+        atomic.sweep(new.parent)
+        atomic.write_new_text(new, text)
         for name, target in result.moved:
             print(f"moved    {name} -> {target}")
         for name, why in dict.fromkeys(result.dropped):

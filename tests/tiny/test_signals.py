@@ -33,61 +33,6 @@ def pipeline_class() -> Any:
     return FluxKontextPipeline
 
 
-# phase → (what is called in it, its name, the call at which the signal comes, the step the run then ends at)
-PHASES: dict[str, tuple[Callable[[], Any], str, int, int]] = {
-    "caching": (lambda: FluxKontextTrainer, "encode", 5, 0),
-    "loading": (lambda: FluxKontextTrainer, "load", 1, 0),
-    "building": (lambda: loop.setup, "make_weights", 1, 0),
-    "held-out": (lambda: HeldOut, "measure", 1, 0),
-    "first-samples": (pipeline_class, "__call__", 1, 0),
-    "first-step": (lambda: BaseTrainer, "step", 1, 1),
-    "mid-step": (lambda: BaseTrainer, "step", 6, 3),
-    "samples": (pipeline_class, "__call__", 2, 2),
-    "saving": (lambda: state.Files, "write", 1, 2),
-}
-
-
-@pytest.mark.parametrize(
-    ("phase", "number"),
-    [*((phase, signal.SIGTERM) for phase in PHASES), ("samples", signal.SIGINT), ("mid-step", signal.SIGINT)],
-)
-def test_stop_in_a_phase(project: Project, monkeypatch: pytest.MonkeyPatch, phase: str, number: int) -> None:
-    common = [*project.mixed(), *project.validating(2), "train.max_train_steps=6", "train.checkpointing_steps=2"]
-    common += ["data.batch_size=4", "data.shape_window=12"]
-    words = [*common, "logging.tracker_project_name=stopped"]
-    words += [f"cache.cache_dir={project.root / 'own'}"] if phase == "caching" else []
-    owner, name, call, step = PHASES[phase]
-    with monkeypatch.context() as patch:
-        calls = on_call(patch, owner(), name, call, send(number))
-        done = project.run(*words)
-    assert len(calls) >= call, "the signal was never sent"
-    assert done.code == 128 + number, done.out
-    assert "Traceback" not in done.err
-    assert "interrupted" in done.err
-    run = project.newest("stopped")
-    said = record(run)
-    assert (said["exit_code"], said["step"]) == (128 + number, _reached(run))
-    saved = list_checkpoints(run)
-    assert bool(saved) == (said["step"] > 0)
-    assert all(verify_checkpoint(path) == [] for path in saved)
-    if phase in ("caching", "first-samples", "first-step", "samples", "saving"):
-        assert _reached(run) == step
-    if saved:
-        assert int(saved[-1].name[-6:]) == said["step"]
-    straight = project.train(*common, name="straight")
-    again = project.run(*words, "--resume", "auto")
-    assert again.code == 0
-    assert project.newest("stopped") == run
-    assert differing(checkpoint(run, 6), checkpoint(straight, 6)) == []
-    assert metrics(run) == metrics(straight)
-
-
-def _reached(run: Path) -> int:
-    if not (run / "metrics.jsonl").is_file():
-        return 0
-    return max([line["step"] for line in metrics(run) if "loss" in line], default=0)
-
-
 def test_stop_while_loading_begins_nothing(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     """A signal before step 1 is not followed by a whole validation."""
     drawn = on_call(monkeypatch, pipeline_class(), "__call__", 0, lambda: None)

@@ -320,7 +320,7 @@ def test_load_adapter_refuses(tmp_path):
         with pytest.raises(UserError, match="no adapter file"):
             adapters.load_adapter(path, model)
     (tmp_path / "x.bin").write_bytes(b"")
-    with pytest.raises(UserError, match="safetensors only"):
+    with pytest.raises(UserError, match="convert them to safetensors"):
         adapters.load_adapter(tmp_path / "x.bin", model)
 
 

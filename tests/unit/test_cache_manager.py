@@ -4,86 +4,35 @@ import contextlib
 import os
 import random
 import signal
-import subprocess
-import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
 import torch
+from stand_in_cache import (
+    IMAGE,
+    PART,
+    RECIPES,
+    TEXT,
+    Encoders,
+    damage,
+    entries,
+    fill,
+    forked,
+    latents,
+    manager,
+    plan,
+    spec,
+)
 
-from qflux.data.cache_manager import CacheDamaged, CacheManager, CacheMiss, read_entry
+from qflux.data import entry
+from qflux.data.cache_manager import CacheDamaged, CacheMiss, read_entry
+from qflux.data.feeder import feed
 from qflux.errors import Locked, UserError
 from qflux.io import digests, locks
-from qflux.types import EditSample, EncodedSample, EncodeStage, Resize, SampleSpec, SizePlan
-
-IMAGE = EncodeStage("vae", ("vae",), "image")
-TEXT = EncodeStage("text", ("text_encoder",), "text")
-RECIPES = {"vae": {"weights": "w1", "dtype": "bfloat16", "posterior": "mode"}, "text": {"weights": "w2", "length": 64}}
-PART = Resize((0, 0, 32, 32), (16, 16))
-
-
-def plan(size=(16, 16), controls=1):
-    return SizePlan(Resize((0, 0, 32, 32), size), (PART,) * controls)
-
-
-def spec(i=0, prompt="make it red", controls=1, mask=None):
-    names = tuple(f"control-{i}-{n}" for n in range(controls))
-    return SampleSpec(f"id-{i}", prompt, f"target-{i}", names, mask, plan(controls=controls))
-
-
-def manager(root, recipes=RECIPES, sees=False, schema=1):
-    return CacheManager(root, (IMAGE, TEXT), recipes, text_sees_controls=sees, schema=schema)
-
-
-def latents(name):
-    return torch.randn(4, 2, 2, generator=torch.Generator().manual_seed(hash_of(name))).bfloat16()
-
-
-def hash_of(text):
-    return int(digests.xxh3(str(text).encode())[:8], 16)
-
-
-class Encoders:
-    """Deterministic fake encoders that count their calls and check that only one stage is open."""
-
-    def __init__(self, specs):
-        self.specs, self.calls, self.loads, self.opened = specs, [], [], []
-        self.open = False
-
-    def load(self, i, pixels=True):
-        self.loads.append((i, pixels))
-        one = self.specs[i]
-        return EditSample(None, [], one.prompt, None, one.id, str(i), one.sizes)
-
-    @contextlib.contextmanager
-    def stage(self, stage):
-        assert not self.open
-        self.open = True
-        self.opened.append(stage.name)
-        try:
-            yield lambda sample: self.encode(stage, sample)
-        finally:
-            self.open = False
-
-    def encode(self, stage, sample):
-        one = self.specs[int(sample.digest)]
-        self.calls.append((stage.name, one.id))
-        if stage.kind == "text":
-            text = {"pooled": torch.full((8,), float(len(sample.prompt))), "t5": latents(sample.prompt)[0]}
-            return EncodedSample(None, [], text, None, sample.sizes)
-        mask = torch.rand(1, 1, generator=torch.Generator().manual_seed(1)) if one.mask else None
-        return EncodedSample(latents(one.target), [latents(name) for name in one.controls], {}, mask, one.sizes)
-
-
-def fill(cache, specs, encoders=None, verify=False, stop=lambda: False):
-    encoders = encoders or Encoders(specs)
-    return cache.fill(specs, encoders.load, encoders.stage, verify=verify, stop=stop), encoders
-
-
-def entries(root):
-    return sorted(path for path in root.rglob("*.safetensors") if not path.name.startswith("."))
+from qflux.types import EncodedSample, Micro, Resize, Step
 
 
 @pytest.fixture
@@ -190,20 +139,6 @@ def test_same_bytes_whoever_makes_the_entry(tmp_path, specs):
         assert left.read_bytes() == right.read_bytes()
 
 
-def damage(data, kind, place):
-    made = bytearray(data)
-    if kind == "flip":
-        made[place // 8 % len(made)] ^= 1 << place % 8
-    elif kind == "cut":
-        del made[place % len(made) :]
-    elif kind == "zero":
-        start = place % len(made)
-        made[start:] = bytes(len(made) - start)
-    else:
-        made += b"\0"
-    return bytes(made)
-
-
 def test_every_kind_of_damage_is_found(tmp_path):
     one = spec(mask="m")
     cache = manager(tmp_path)
@@ -222,6 +157,21 @@ def test_every_kind_of_damage_is_found(tmp_path):
                 read_entry(path, stage, key)
         path.write_bytes(data)
         read_entry(path, stage, key)
+
+
+def test_entries_are_verified_in_the_threads_that_read_ahead(tmp_path, specs, monkeypatch):
+    cache, threads, digest = manager(tmp_path), [], entry._content
+    fill(cache, specs)
+
+    def content(view):
+        threads.append(threading.current_thread().name)
+        return digest(view)
+
+    monkeypatch.setattr(entry, "_content", content)
+    steps = [Step(n, (Micro(((0, n), (0, n + 1)), 1.0),)) for n in range(6)]
+    assert len(list(feed(steps, lambda _, index: cache.get(specs[index]), 2))) == 6
+    assert len(threads) == 6 * 2 * 2, "each of both stages' entries, each time it is read"
+    assert all(name.startswith("reader") for name in threads)
 
 
 @pytest.mark.parametrize("found_by", ["verify", "get"])
@@ -364,8 +314,7 @@ def test_an_unreadable_entry_is_a_users_error(tmp_path):
         fill(manager(tmp_path / "file"), [spec()])
 
 
-def fill_slowly(root):
-    """What the killed process runs."""
+def test_killed_at_any_time_the_rerun_completes_it(tmp_path):
     specs = [spec(i, prompt=f"prompt {i}") for i in range(40)]
 
     class Slow(Encoders):
@@ -373,25 +322,16 @@ def fill_slowly(root):
             time.sleep(0.006)
             return super().encode(stage, sample)
 
-    fill(manager(root), specs, Slow(specs))
-    return specs
-
-
-def test_killed_at_any_time_the_rerun_completes_it(tmp_path):
-    code = "import sys, pathlib; import test_cache_manager as t; t.fill_slowly(pathlib.Path(sys.argv[1]))"
-    path = os.pathsep.join([os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")])
-    env = {**os.environ, "PYTHONPATH": path.rstrip(os.pathsep)}
     for count in (3, 30):
-        child = subprocess.Popen([sys.executable, "-c", code, tmp_path], env=env, stdout=subprocess.DEVNULL)
-        while len(entries(tmp_path)) < count and child.poll() is None:
+        child = forked(lambda: fill(manager(tmp_path), specs, Slow(specs)))
+        while len(entries(tmp_path)) < count and os.waitpid(child, os.WNOHANG) == (0, 0):
             time.sleep(0.001)
-        child.send_signal(signal.SIGKILL)
-        assert child.wait() == -signal.SIGKILL
+        os.kill(child, signal.SIGKILL)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     made = {path: path.read_bytes() for path in entries(tmp_path)}
     stale = tmp_path / "vae" / entries(tmp_path)[-1].parent.name / ".qflux-tmp-99999999-1-x.safetensors"
     stale.parent.mkdir(parents=True, exist_ok=True)
     stale.write_text("half")
-    specs = [spec(i, prompt=f"prompt {i}") for i in range(40)]
     report, _ = fill(manager(tmp_path), specs, verify=True)
     assert (report.reused, report.encoded, report.repaired) == (len(made), 80 - len(made), 0)
     assert 30 <= len(made) < 80

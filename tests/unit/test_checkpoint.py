@@ -8,6 +8,7 @@ import jsonschema
 import pytest
 
 from qflux.errors import NoSpace, RunStopped
+from qflux.io.faults import arrivals
 from qflux.runtime import checkpoint
 from qflux.runtime.checkpoint import (
     find_checkpoint,
@@ -154,18 +155,21 @@ def test_a_damaged_checkpoint_of_the_same_step_is_replaced(tmp_path):
 
 def test_killed_between_the_two_renames_the_old_one_is_found_and_later_removed(tmp_path, monkeypatch):
     path = save_checkpoint(tmp_path, 1, content("old"), IDENTITY, None)
-
-    def die(staged: Path, final: Path) -> None:
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint.atomic, "publish_dir", die)
-        with pytest.raises(KeyboardInterrupt):
+        patch.setenv("QFLUX_FAULT", f"aside.after:{arrivals['aside.after'] + 1}:raise")
+        with pytest.raises(RuntimeError, match="planted"):
             save_checkpoint(tmp_path, 1, content("new"), IDENTITY, None)
     assert not path.exists()
     assert find_checkpoint(tmp_path) == tmp_path / "checkpoint-000001.old"
     save_checkpoint(tmp_path, 1, content("new"), IDENTITY, 3)
     assert names(tmp_path) == ["checkpoint-000001"]
+
+
+def test_an_export_that_was_killed_does_not_keep_a_checkpoint(tmp_path):
+    path = save_checkpoint(tmp_path, 1, content(), IDENTITY, 1)
+    (path / f"{checkpoint.atomic.TEMP_PREFIX}{2**22 + 12345}-1-x.safetensors").write_text("half")
+    save_checkpoint(tmp_path, 2, content(), IDENTITY, 1)
+    assert names(tmp_path) == ["checkpoint-000002"]
 
 
 def test_a_checkpoint_that_does_not_read_back_stops_before_rotation(tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from qflux.errors import Locked, NoSpace, UserError
-from qflux.io import atomic, digests, locks
+from qflux.io import atomic, digests, faults, locks
 
 DEAD = 2**22 + 12345  # above Linux' largest pid
 
@@ -80,6 +80,59 @@ def test_full_disk_is_seen_behind_another_librarys_error(tmp_path):
 
     with pytest.raises(NoSpace, match="more than 3 bytes"):
         fail()
+
+
+def test_a_new_file_never_replaces_one(tmp_path, monkeypatch):
+    atomic.write_new_text(tmp_path / "a.yaml", "first")
+    with pytest.raises(FileExistsError):
+        atomic.write_new_text(tmp_path / "a.yaml", "second")
+    with pytest.raises(FileNotFoundError):
+        atomic.write_new_text(tmp_path / "none" / "a.yaml", "x")
+
+    def no_links(*_):
+        raise OSError(errno.EPERM, "no links here")
+
+    monkeypatch.setattr(os, "link", no_links)
+    atomic.write_new_text(tmp_path / "b.yaml", "third")
+    with pytest.raises(FileExistsError):
+        atomic.write_new_text(tmp_path / "b.yaml", "fourth")
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a.yaml": "first", "b.yaml": "third"}
+
+
+def test_a_growing_file_has_whole_lines_only(tmp_path, monkeypatch):
+    path, write = tmp_path / "log", os.write
+    path.write_text("old\n")
+    lines = atomic.Lines(path)
+    lines.add("ü")
+    assert path.read_text() == "old\nü\n"
+    left = [3]
+
+    def full(handle, data):
+        if not left[0]:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        size = min(len(data), left[0])
+        left[0] -= size
+        return write(handle, data[:size])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", full)
+        with pytest.raises(NoSpace, match=r"log: no space left on the disk: needs 4 bytes, free \d+"):
+            lines.add("longer")
+    assert path.read_text() == "old\nü\n"
+    lines.add("after")
+    lines.close()
+    assert path.read_text() == "old\nü\nafter\n"
+
+
+def test_pieces_are_one_file_and_killed_between_them_none(tmp_path, monkeypatch):
+    path = tmp_path / "x"
+    atomic.write_chunks(path, [b"ab", b"", memoryview(b"cd")], 4)
+    assert path.read_bytes() == b"abcd"
+    monkeypatch.setenv("QFLUX_FAULT", f"write.during:{faults.arrivals['write.during'] + 2}:raise")
+    with pytest.raises(RuntimeError, match="planted"):
+        atomic.write_chunks(path, [b"ef", b"gh"], 4)
+    assert path.read_bytes() == b"abcd"
+    assert leftovers(tmp_path) == []
 
 
 def test_sweep_takes_only_our_dead_temp_files(tmp_path):

@@ -1,5 +1,7 @@
 """The command line refuses what it would otherwise ignore."""
 
+from pathlib import Path
+
 import pytest
 
 from qflux.main import parse
@@ -15,7 +17,17 @@ from qflux.main import parse
         ["--sample", "--resume", "auto"],
         ["--check", "--checkpoint", "x"],
         ["--cache", "--sample"],
-        ["--cache", "verify"],
+        ["--cache", "tidy"],
+        ["--cache", "verify", "gc"],
+        ["--cache", "gc", "entry.safetensors"],
+        ["--cache", "a.b=1", "verify"],
+        ["--cache", "verify", "--json"],
+        ["--cache", "gc", "--sample"],
+        ["--cache", "explain"],
+        ["--cache", "explain", "--out", "x"],
+        ["--cache=verify"],
+        ["verify", "--cache"],
+        ["verify"],
         ["no_value"],
     ],
     ids=" ".join,
@@ -34,3 +46,21 @@ def test_words_without_a_meaning_end_with_code_2(words, capsys):
 )
 def test_words_that_belong_together(words):
     parse(["--config", "run.yaml", *words])
+
+
+@pytest.mark.parametrize(
+    ("words", "care", "file", "overrides"),
+    [
+        (["--cache"], None, None, []),
+        (["--cache", "a.b=1"], None, None, ["a.b=1"]),
+        (["--cache", "verify"], "verify", None, []),
+        (["x.y=2", "--cache", "gc", "a.b=1"], "gc", None, ["x.y=2", "a.b=1"]),
+        (["--cache", "explain", "c=d.safetensors", "a.b=1"], "explain", "c=d.safetensors", ["a.b=1"]),
+        (["--check", "a.b=verify"], None, None, ["a.b=verify"]),
+    ],
+    ids=str,
+)
+def test_words_behind_cache(words, care, file, overrides):
+    args = parse(["--config", "run.yaml", *words])
+    found = (args.cache, args.care, args.care_file, args.overrides)
+    assert found == ("--cache" in words, care, file and Path(file), overrides)

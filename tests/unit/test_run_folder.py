@@ -9,9 +9,9 @@ import jsonschema
 import pytest
 
 from qflux.errors import Locked, UserError
-from qflux.io import atomic
+from qflux.io import atomic, faults
 from qflux.runtime import run_folder
-from qflux.runtime.checkpoint import save_checkpoint
+from qflux.runtime.checkpoint import list_checkpoints, save_checkpoint
 from qflux.runtime.run_folder import RunFolder, identity_differences, open_run, read_record, run_folders
 
 IDENTITY = {"model": {"lora": {"r": 16}, "targets": ("a", "b")}, "seed": 3}
@@ -28,7 +28,7 @@ def plain_dump(monkeypatch):
 def config(tmp_path):
     return SimpleNamespace(
         logging=SimpleNamespace(output_dir=tmp_path / "out", tracker_project_name="demo"),
-        train=SimpleNamespace(max_train_steps=10, seed=3, trainer="Some"),
+        train=SimpleNamespace(max_train_steps=10, seed=3, trainer="Some", checkpoints_total_limit=None),
     )
 
 
@@ -163,6 +163,36 @@ def test_auto_takes_up_a_folder_that_was_only_made_but_none_of_somebody_else(con
     with open_run(config, IDENTITY, "auto") as run:
         assert run.path.name == "v1"
     assert "v2 has no readable run.json" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("point", ["record.before", "record.after", "rename.after"])
+def test_auto_takes_up_a_folder_whose_run_was_killed_at_once(config, monkeypatch, point):
+    """Wherever the first start ended: the next one is in the same folder, with all its files."""
+    arrival = {"record.before": 1, "record.after": 1, "rename.after": 3}[point]  # the third file is config.yaml
+    for kind, start in (("raise", 0), ("", 1)):
+        monkeypatch.setenv("QFLUX_FAULT", f"{point}:{faults.arrivals[point] + arrival}:raise" if kind else "")
+        try:
+            open_run(config, IDENTITY, "auto").close()
+        except RuntimeError:
+            assert not start
+    (path,) = run_folders(config.logging.output_dir / "demo")
+    assert read_record(path)["exit_code"] is None
+    assert (path / "config.yaml").is_file()
+
+
+def test_a_resume_makes_up_for_a_rotation_and_for_sweeping(config):
+    path = crashed(config, 2, 4, 6)
+    (path / "samples" / "step-000002").mkdir(parents=True)
+    left = [path / "samples" / "step-000002", path / "samples", path]
+    for folder in left:
+        (folder / f"{atomic.TEMP_PREFIX}{2**22 + 12345}-1-x.png").write_text("half")
+        (folder / "x.png").write_text("whole")
+    config.train.checkpoints_total_limit = 2
+    with open_run(config, IDENTITY, "auto") as run:
+        assert run.step == 6
+    assert [path.name for path in list_checkpoints(path)] == ["checkpoint-000004", "checkpoint-000006"]
+    assert all([name.name for name in folder.glob("*.png")] == ["x.png"] for folder in left)
+    assert not list(path.rglob(f"{atomic.TEMP_PREFIX}*"))
 
 
 def test_a_folder_that_was_only_made_does_not_hide_a_run_that_got_further(config):

@@ -26,6 +26,7 @@ from qflux.data import entry
 from qflux.data.entry import CacheDamaged, read_entry
 from qflux.errors import UserError
 from qflux.io import atomic, digests, locks
+from qflux.io.faults import reach
 from qflux.io.progress import Progress
 from qflux.types import Crew, EditSample, EncodedSample, EncodeStage, SampleSpec
 
@@ -33,7 +34,7 @@ __all__ = ["SCHEMA", "CacheDamaged", "CacheManager", "CacheMiss", "CacheReport",
 
 SCHEMA = 1
 SUFFIX = ".safetensors"
-_MARK = ".damaged"  # an empty file beside an entry that a reader found damaged: the next fill repairs it
+MARK = ".damaged"  # an empty file beside an entry that a reader found damaged: the next fill repairs it
 _MOST_PROBLEMS = 8  # samples whose encoding failed before fill gives up
 _AHEAD = 2  # samples decoded while one is encoded
 
@@ -104,9 +105,9 @@ class CacheManager:
         self.text_sees_controls = text_sees_controls
         self.schema = schema
         self._filling = threading.Lock()  # reader threads that find damage repair it one after the other
-        self._recipes = {stage.name: digests.canonical_json(recipes[stage.name]) for stage in stages}
+        self.recipes = {stage.name: digests.canonical_json(recipes[stage.name]) for stage in stages}
         self._made_by = {
-            stage.name: digests.blake3_json([schema, stage.name, stage.kind, self._recipes[stage.name]])
+            stage.name: digests.blake3_json([schema, stage.name, stage.kind, self.recipes[stage.name]])
             for stage in stages
         }
 
@@ -171,7 +172,7 @@ class CacheManager:
         if folder not in listings:
             listings[folder] = _names(path.parent)
         there = path.name in listings[folder]
-        damaged = there and path.name + _MARK in listings[folder]
+        damaged = there and path.name + MARK in listings[folder]
         if there and verify:
             damaged = not self._readable(path, stage, key)
         if there and not damaged:
@@ -187,7 +188,7 @@ class CacheManager:
         except (CacheDamaged, FileNotFoundError):
             return False
         with suppress(OSError):
-            os.unlink(f"{path}{_MARK}")
+            os.unlink(f"{path}{MARK}")
         return True
 
     def get(self, spec: SampleSpec) -> EncodedSample:
@@ -208,7 +209,7 @@ class CacheManager:
                 raise CacheMiss(f"{path}: {found}: {advice}") from None
             except CacheDamaged:
                 with suppress(OSError):
-                    Path(f"{path}{_MARK}").touch()
+                    Path(f"{path}{MARK}").touch()
                 raise
         return entry.merge(parts, spec.sizes)
 
@@ -301,14 +302,16 @@ class CacheManager:
         metadata = {
             "inputs": digests.canonical_json(self.inputs(stage, spec)),
             "key": key,
-            "recipe": self._recipes[stage.name],
+            "recipe": self.recipes[stage.name],
             "schema": str(self.schema),
             "stage": stage.name,
         }
         path = self.path(stage.name, key)
+        reach("entry.before")
         atomic.write_bytes(path, entry.pack(named, metadata))
+        reach("entry.after")
         with suppress(FileNotFoundError):
-            os.unlink(f"{path}{_MARK}")
+            os.unlink(f"{path}{MARK}")
 
 
 def _dealt(keys: Mapping[str, int], crew: Crew) -> dict[str, int]:

@@ -20,7 +20,7 @@ from qflux.data.images import ImageRef, load_mask, load_rgb
 from qflux.data.records import SampleRecord
 from qflux.data.sheet import MAX_ROWS, contact_sheet, evenly
 from qflux.errors import UserError
-from qflux.io.atomic import atomic_path
+from qflux.io.atomic import sweep, write_png
 from qflux.io.progress import Progress
 from qflux.types import Family, ShapeKey, Size
 
@@ -253,9 +253,9 @@ def _draw(dataset: EditDataset, out_dir: Path) -> Path | None:
         return None
     out_dir.mkdir(parents=True, exist_ok=True)
     path = out_dir / SHEET_NAME
-    with atomic_path(path) as temporary:
-        columns = [*titles, "target", *(["mask"] if with_masks else [])]
-        contact_sheet(rows, columns, row_labels=labels).save(temporary, format="PNG")
+    sweep(out_dir)
+    columns = [*titles, "target", *(["mask"] if with_masks else [])]
+    write_png(path, contact_sheet(rows, columns, row_labels=labels))
     return path
 
 

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING
 import xxhash
 
 from qflux.errors import UserError
+from qflux.io.headers import header_end
+from qflux.io.json_files import strict_loads
 from qflux.types import EncodedSample, EncodeStage, SampleSpec, SizePlan
 
 if TYPE_CHECKING:
@@ -27,10 +29,15 @@ _TEXT = "text."
 _CONTROL = "control_"
 _HEAD = b'{"__metadata__":{"content":"'  # "content" sorts first, so its digits lie at a fixed place
 _DIGITS = slice(8 + len(_HEAD), 8 + len(_HEAD) + 32)
+_FIELDS = {"content", "inputs", "key", "recipe", "schema", "stage"}
 
 
 class CacheDamaged(UserError):
-    """An entry's bytes are not those that were written, or it lies under another entry's name."""
+    """An entry's bytes are not those that were written, or it lies under another entry's name; ``found`` says which."""
+
+    def __init__(self, path: Path | str, found: str) -> None:
+        super().__init__(f"{path}: damaged cache entry: {found}; run --cache to encode it again")
+        self.found = found
 
 
 def to_tensors(sample: EncodedSample) -> dict[str, Tensor]:
@@ -119,14 +126,31 @@ def read_entry(path: Path | str, stage: str, key: str) -> tuple[dict[str, Tensor
     buffer = _bytes(path)
     view = memoryview(buffer)
     if buffer[8 : _DIGITS.start] != _HEAD or buffer[_DIGITS] != _content(view):
-        raise _damaged(path, "its content does not match its digest")
+        raise CacheDamaged(path, "its content does not match its digest")
     try:
         found, metadata = tensors.parse(buffer)
     except ValueError as error:
-        raise _damaged(path, str(error)) from error
+        raise CacheDamaged(path, str(error)) from error
     if metadata.get("key") != key or metadata.get("stage") != stage:
-        raise _damaged(path, f"it is the entry {metadata.get('stage')}/{metadata.get('key')} under a wrong name")
+        raise CacheDamaged(path, f"it is the entry {metadata.get('stage')}/{metadata.get('key')} under a wrong name")
     return found, metadata
+
+
+def made_by(path: Path | str) -> dict[str, str] | None:
+    """What an entry's header says of what made it: ``inputs``, ``key``, ``recipe``, ``schema``, ``stage``; unchecked.
+
+    The rest of the file may be damaged, and its name another entry's. None where there is no header of an entry.
+    """
+    try:
+        with open(path, "rb") as handle:
+            start = handle.read(_DIGITS.start)
+            rest = handle.read(header_end(start, os.fstat(handle.fileno()).st_size) - len(start))
+        if start[8:] != _HEAD:
+            return None
+        found = strict_loads(start[8:] + rest)["__metadata__"]
+    except (OSError, ValueError):
+        return None
+    return found if found.keys() == _FIELDS and all(isinstance(value, str) for value in found.values()) else None
 
 
 def _bytes(path: Path | str) -> bytearray:
@@ -145,7 +169,3 @@ def _content(view: memoryview) -> bytes:
     digest = xxhash.xxh3_128(view[: _DIGITS.start])
     digest.update(view[_DIGITS.stop :])
     return digest.hexdigest().encode()
-
-
-def _damaged(path: Path | str, found: str) -> CacheDamaged:
-    return CacheDamaged(f"{path}: damaged cache entry: {found}; run --cache to encode it again")

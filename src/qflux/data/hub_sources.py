@@ -13,8 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qflux.data.images import ImageRef
-from qflux.data.records import Columns, Found, SampleRecord, columns_of, finish
+from qflux.data.records import Columns, Found, SampleRecord, columns_of, finish, link_problem
+from qflux.data.tables import TEXT_LIMIT
 from qflux.errors import UserError
+from qflux.io.json_files import strict_read
+from qflux.io.places import is_inside, printable, unprintable
 from qflux.io.quiet import quiet_imports
 
 if TYPE_CHECKING:
@@ -22,6 +25,7 @@ if TYPE_CHECKING:
     import pyarrow
 
 _ROWS_AT_ONCE = 256
+_READERS = ("arrow", "csv", "imagefolder", "json", "parquet")  # others unpack what can run code
 
 
 def is_hub_folder(path: Path) -> bool:
@@ -40,9 +44,12 @@ def open_hub(source: Path | str, split: str = "train", revision: str | None = No
 
         try:
             if isinstance(source, Path) and not any(source.rglob("*.parquet")):
+                _refuse_elsewhere(source)
                 opened = datasets.load_from_disk(str(source))
             else:
-                opened = datasets.load_dataset(str(source), revision=revision)
+                opened = _built(source, revision)
+        except UserError:
+            raise
         except Exception as error:  # network, permissions, formats: the library's own words say it best
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise UserError(
@@ -57,6 +64,45 @@ def open_hub(source: Path | str, split: str = "train", revision: str | None = No
     if split not in opened:
         raise UserError(f"data.dataset_path: {source} has no split {split}, it has {', '.join(opened)}; set split")
     return opened[split]
+
+
+def _built(source: Path | str, revision: str | None) -> datasets.DatasetDict:
+    """All splits of a repository, or of a folder's parquet files; only by readers that run nothing of what they read.
+
+    A folder's own description is passed over: it could name files elsewhere.
+    """
+    import datasets
+
+    local = isinstance(source, Path)
+    files = datasets.data_files.get_data_patterns(str(source)) if local else None
+    builder = datasets.load_dataset_builder(str(source), data_files=files, revision=revision)
+    kind = type(builder).__module__.rpartition(".")[2]
+    if kind not in (("parquet",) if local else _READERS):
+        raise UserError(
+            f"data.dataset_path: {source} is a data set of the kind {kind}, expected {'' if local else 'images or '}"
+            "parquet files; convert it"
+        )
+    if isinstance(source, Path):
+        roots = _roots(source)
+        for path in (Path(name) for names in (builder.config.data_files or {}).values() for name in names):
+            if not is_inside(path, roots):
+                raise UserError(f"data.dataset_path: {link_problem(path)}")
+    builder.download_and_prepare()
+    return builder.as_dataset()
+
+
+def _refuse_elsewhere(folder: Path) -> None:
+    """UserError where a folder of ``save_to_disk`` names splits or files not in it; ValueError for broken JSON."""
+    listed = folder / "dataset_dict.json"
+    splits = [folder / str(name) for name in strict_read(listed)["splits"]] if listed.is_file() else [folder]
+    for split in splits:
+        state = split / "state.json"
+        names = [record["filename"] for record in strict_read(state)["_data_files"]] if state.is_file() else []
+        for path in (state, split / "dataset_info.json", *(split / str(name) for name in names)):
+            if not is_inside(path, (folder,)):
+                raise UserError(
+                    f"data.dataset_path: {folder} names {printable(path)}, expected files inside it; do not use it"
+                )
 
 
 def read_hub(source: Path | str, split: str = "train", revision: str | None = None) -> Found:
@@ -109,8 +155,10 @@ class RowImage:
         if not value.get("path"):
             raise ValueError("the list holds nothing at this place")
         path = Path(value["path"])
-        if not any(path.resolve().is_relative_to(root) for root in self.roots):
-            raise ValueError(f"the row names {path}, outside of the data set")
+        if not is_inside(path, self.roots):
+            raise ValueError(f"the row names {printable(path)}, outside of the data set")
+        if not path.is_file():
+            raise ValueError(f"the row names {printable(path)}, which is no file")
         return path.read_bytes()
 
 
@@ -132,7 +180,11 @@ class _Reader:
         if named in (None, ""):
             paths = cells[self.columns.target or ""]
             named = Path(paths[0]).stem if paths and paths[0] else f"{row:08d}"
+        if unprintable(str(named)):
+            raise UserError(f"{label}: id: found {printable(named)!r}, expected a plain name")
         prompt = str(cells.get(self.columns.prompt or "") or "").strip()
+        if len(prompt) > TEXT_LIMIT:
+            raise UserError(f"{label}: {self.columns.prompt}: found {len(prompt)} characters, at most {TEXT_LIMIT}")
         return SampleRecord(
             id=str(named),
             target=target[0],

@@ -3,8 +3,9 @@
 Rules: the EXIF turn is applied; transparency is composited on a set colour; 16-bit and 32-bit integer grey is scaled
 to 8 bits (the high byte, never clipped); CMYK is converted; an embedded ICC profile is converted to sRGB, unless it
 cannot be read, does not fit the picture's colour mode or differs from sRGB by at most one level, then pixels stay as
-they are. Animations, floating-point pictures and pictures above ``MAX_PIXELS`` are refused. Masks are weights: their
-profile is ignored and transparent parts count as 0.
+they are. Animations, floating-point pictures, pictures above ``MAX_PIXELS``, files above ``MAX_BYTES`` and large
+pictures packed into next to nothing are refused. Masks are weights: their profile is ignored and transparent parts
+count as 0.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 Colour = tuple[int, int, int]
 
 MAX_PIXELS = 178_956_970  # half a gigabyte as RGB; larger headers are taken for decompression bombs
+MAX_BYTES = 1 << 28  # of a file
+_DENSE, _PACKING = 1 << 24, 100  # above so many pixels a picture has at least a byte for so many of them
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
 OTHER_SUFFIXES = frozenset({".gif", ".tif", ".tiff", ".heic", ".heif", ".avif", ".jxl", ".jp2", ".psd", ".svg", ".exr"})
@@ -47,6 +50,7 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 _PROFILE_SPACES = {"RGB": "RGB ", "L": "GRAY", "CMYK": "CMYK"}
+_COUNTED = 1 << 20  # bytes of an animation whose frames are counted; some formats must be read through for it
 _ADVICE = "replace the file or leave it out"
 
 
@@ -100,10 +104,12 @@ class ImageRef:
         """The encoded bytes. ``UserError`` where they are no longer those of a digest given before."""
         with _reasons(self.label):
             if self.path is not None:
+                _refuse_long(self.label, self.path.stat().st_size)
                 data = self.path.read_bytes()
             else:
                 assert self.fetch is not None
                 data = self.fetch()
+                _refuse_long(self.label, len(data))
             if self._digest is not None and blake3(data).hexdigest() != self._digest:
                 raise UserError(
                     f"{self.label}: found other bytes than when the data set was opened, expected pictures that do "
@@ -189,17 +195,31 @@ def _opened(ref: ImageRef, data: bytes | None = None) -> Iterator[Image.Image]:
             data = ref.read()
         source: IO[bytes] | Path | None = ref.path if data is None else io.BytesIO(data)
         assert source is not None
+        length = ref.path.stat().st_size if data is None and ref.path is not None else len(data or b"")
+        _refuse_long(ref.label, length)
         with Image.open(source, formats=FORMATS) as image:
             width, height = image.size
+            found = f"{height}x{width} (height x width)"
             if width * height > MAX_PIXELS:
-                raise UserError(_too_large(ref.label, f"{height}x{width} (height x width)"))
-            if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:
-                frames = getattr(image, "n_frames", 1)
+                raise UserError(_too_large(ref.label, found))
+            if width * height > max(_DENSE, _PACKING * length):
                 raise UserError(
-                    f"{ref.label}: found an animation of {frames} frames, expected a still picture; "
-                    "save one frame as png"
+                    f"{ref.label}: found {found} packed into {length} bytes, taken for a decompression bomb; "
+                    "scale the picture down"
+                )
+            if image.format != "MPO" and getattr(image, "is_animated", False):
+                frames = f"{image.n_frames} frames" if length < _COUNTED else "many frames"  # type: ignore[attr-defined]
+                raise UserError(
+                    f"{ref.label}: found an animation of {frames}, expected a still picture; save one frame as png"
                 )
             yield image
+
+
+def _refuse_long(label: str, length: int) -> None:
+    if length > MAX_BYTES:
+        raise UserError(
+            f"{label}: found a file of {length} bytes, expected at most {MAX_BYTES}; scale the picture down"
+        )
 
 
 def _too_large(label: str, found: str) -> str:
@@ -257,7 +277,7 @@ def _eight_bit(image: Image.Image) -> Image.Image:
         return image.convert("RGBA")
     plain = {"1": "L", "P": "RGB", "PA": "RGBA", "La": "LA", "RGBa": "RGBA", "YCbCr": "RGB", "RGBX": "RGB"}
     if mode in ("L", "LA", "RGB", "RGBA", "CMYK"):
-        return image.copy()
+        return image
     if mode in plain:
         return image.convert(plain[mode])
     raise ValueError(f"its colour mode {mode} is not supported; save it as 8-bit RGB")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from qflux.data.images import OTHER_SUFFIXES, SUFFIXES, ImageRef
+from qflux.io.places import is_inside, printable, unprintable
 
 TARGET_COLUMNS = ("path_target", "target_file_name", "target_image", "target", "file_name", "image")
 _PROMPT_COLUMNS = ("prompt", "text", "caption")
@@ -97,8 +98,11 @@ def finish(found: Found) -> Found:
     return found
 
 
-def pictures_in(folder: Path, found: Found) -> dict[str, Path]:
-    """``stem → file`` of the pictures directly in ``folder``; clashes and unreadable entries become problems."""
+def pictures_in(folder: Path, found: Found, roots: Sequence[Path] = ()) -> dict[str, Path]:
+    """``stem → file`` of the pictures directly in ``folder``; clashes and unreadable entries become problems.
+
+    Links must stay inside one of ``roots``, inside ``folder`` where there are none.
+    """
     pictures: dict[str, Path] = {}
     if not folder.is_dir():
         found.problems.append(f"{folder}: found no such folder; check the path")
@@ -113,7 +117,11 @@ def pictures_in(folder: Path, found: Found) -> dict[str, Path]:
             found.problems.append(f"{path}: found a {suffix} file, expected {allowed}; convert or move it")
         elif not path.is_file():
             what = "a link to nothing" if path.is_symlink() else "no file"
-            found.problems.append(f"{path}: found {what}, expected a picture; restore or remove it")
+            found.problems.append(f"{printable(path)}: found {what}, expected a picture; restore or remove it")
+        elif unprintable(path.name):
+            found.problems.append(f"{printable(path)}: found a name that cannot be printed; rename the file")
+        elif not is_inside(path, roots or (folder,)):
+            found.problems.append(link_problem(path))
         elif stem in pictures:
             found.problems.append(
                 f"{path}: found the same stem as {pictures[stem].name}, expected one picture a stem; rename one"
@@ -121,6 +129,14 @@ def pictures_in(folder: Path, found: Found) -> dict[str, Path]:
         else:
             pictures[stem] = path
     return pictures
+
+
+def link_problem(path: Path) -> str:
+    """The line about a link that leaves its data set: a stranger's would have a private file read."""
+    return (
+        f"{path}: found a link out of the data set, expected a file inside it; copy the file there, or name its folder "
+        "in the config"
+    )
 
 
 def entries_of(folder: Path, found: Found) -> list[Path]:
@@ -135,9 +151,9 @@ def entries_of(folder: Path, found: Found) -> list[Path]:
 class MaskFolder:
     """A folder of masks ``<stem>_mask.*`` or ``<stem>.*`` that do not lie beside their targets; None holds none."""
 
-    def __init__(self, folder: Path | None, found: Found) -> None:
+    def __init__(self, folder: Path | None, found: Found, roots: Sequence[Path] = ()) -> None:
         self.folder, self._found = folder, found
-        self._masks = pictures_in(folder, found) if folder else {}
+        self._masks = pictures_in(folder, found, roots) if folder else {}
         self._without: list[str] = []
         self._asked = 0
 

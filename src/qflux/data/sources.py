@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qflux.data.images import SUFFIXES, ImageRef
-from qflux.data.records import Found, MaskFolder, SampleRecord, entries_of, finish, natural, pictures_in
-from qflux.data.tables import read_table
+from qflux.data.records import Found, MaskFolder, SampleRecord, entries_of, finish, link_problem, natural, pictures_in
+from qflux.data.tables import TEXT_LIMIT, read_table
+from qflux.io.places import is_inside
 
 if TYPE_CHECKING:
     from qflux.io.digests import DigestMemo
@@ -43,7 +44,7 @@ def read_source(
     """
     tables = [path] if path.is_file() and path.suffix.lower() in (".csv", ".jsonl") else []
     found = Found()
-    taken = split == "train"
+    root, taken = path, split == "train"
     if not tables:
         if not path.is_dir():
             found.problems.append(
@@ -71,7 +72,7 @@ def read_source(
     beside = _first_folder(path, CONTROL_FOLDERS)
     controls = tuple(control_path or ()) or ((beside,) if beside else ())
     found.notes += [f"{other}: not used, targets come from {images}" for other in _other_targets(path, images, own)]
-    read = FolderReader(images or path, controls, mask_path, memo).read()
+    read = FolderReader(images or path, controls, mask_path, memo, root).read()
     read.notes = found.notes + read.notes
     return read
 
@@ -87,7 +88,11 @@ def _other_targets(path: Path, images: Path | None, own: bool) -> list[Path]:
 def read_caption(path: Path) -> tuple[str, str | None]:
     """``(caption, problem or None)`` of a UTF-8 file; a byte order mark and outer white space are dropped."""
     try:
-        return path.read_bytes().decode("utf-8-sig").strip(), None
+        with path.open("rb") as stream:
+            data = stream.read(TEXT_LIMIT + 1)
+        if len(data) > TEXT_LIMIT:
+            return "", f"{path}: found a caption of more than {TEXT_LIMIT} bytes; shorten it"
+        return data.decode("utf-8-sig").strip(), None
     except UnicodeDecodeError as error:
         return "", f"{path}: found a byte that is not UTF-8 at position {error.start}; save the caption as UTF-8"
     except OSError as error:
@@ -100,16 +105,24 @@ class FolderReader:
     Controls are, folder by folder, ``<stem>.*`` and then ``<stem>_control_<n>.*`` by number; without control folders
     (a flat folder) the latter beside the target. Captions ``<stem>.txt`` are looked for beside the target, then
     beside the controls; masks ``<stem>_mask.*`` likewise, then ``<stem>_mask.*`` or ``<stem>.*`` in ``masks``.
+    Links must stay inside ``root`` (``images`` where None), ``masks`` and those ``controls`` that lie elsewhere.
     """
 
     def __init__(
-        self, images: Path, controls: Sequence[Path], masks: Path | None, memo: DigestMemo | None = None
+        self,
+        images: Path,
+        controls: Sequence[Path],
+        masks: Path | None,
+        memo: DigestMemo | None = None,
+        root: Path | None = None,
     ) -> None:
         self.images, self.controls, self.memo = images, tuple(controls), memo
         self.found = Found()
-        self.targets = pictures_in(images, self.found)
-        self.beside = [pictures_in(folder, self.found) for folder in self.controls]
-        self.masks = MaskFolder(masks, self.found)
+        given = [folder for folder in self.controls if root is None or not folder.is_relative_to(root)]
+        self.roots = (root or images, *given, *([masks] if masks else []))
+        self.targets = pictures_in(images, self.found, self.roots)
+        self.beside = [pictures_in(folder, self.found, self.roots) for folder in self.controls]
+        self.masks = MaskFolder(masks, self.found, self.roots)
         self._numbers: dict[str, list[tuple[int, int]]] = {}  # stem → (folder, number) of its controls, plain is -1
 
     def read(self) -> Found:
@@ -184,6 +197,8 @@ class FolderReader:
             if not path.is_file():
                 path = path.with_name(unicodedata.normalize("NFD", path.name))
             caption, problem = read_caption(path) if path.is_file() else ("", None)
+            if path.is_symlink() and not is_inside(path, self.roots):
+                problem = link_problem(path)
             if problem:
                 self.found.problems.append(problem)
                 return UNREADABLE

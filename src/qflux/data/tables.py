@@ -3,21 +3,35 @@
 from __future__ import annotations
 
 import csv
-import json
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from qflux.data.images import ImageRef
-from qflux.data.records import TARGET_COLUMNS, Columns, Found, MaskFolder, SampleRecord, columns_of, finish
+from qflux.data.records import (
+    TARGET_COLUMNS,
+    Columns,
+    Found,
+    MaskFolder,
+    SampleRecord,
+    columns_of,
+    finish,
+    link_problem,
+)
+from qflux.io.json_files import strict_loads
+from qflux.io.places import is_inside, printable, unprintable
 
 if TYPE_CHECKING:
     from qflux.io.digests import DigestMemo
 
 Row = Mapping[str, Any]
+
+TEXT_LIMIT = 1 << 16  # bytes of a caption; a text encoder reads a few thousand
+_LINE_LIMIT = 1 << 20  # bytes of a table's line
+_TABLE_LIMIT = 1 << 30  # bytes of a table
 
 
 def read_table(path: Path, *, mask_path: Path | None = None, memo: DigestMemo | None = None) -> Found:
@@ -33,19 +47,22 @@ def read_table(path: Path, *, mask_path: Path | None = None, memo: DigestMemo | 
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         found.problems.append(f"{path}: cannot be read ({error}); save it as UTF-8")
         return found
+    except _TooLong as error:
+        found.problems.append(f"{path}: {error}; write one sample a line, and pictures as paths")
+        return found
     names = dict.fromkeys(name for _, row in rows for name in row)
     columns = columns_of(names)
     if rows and columns.target is None:
         comma = " separated by commas" if path.suffix.lower() == ".csv" else ""
         found.problems.append(
-            f"{path}: found no target column in {', '.join(map(repr, names))[:200]}, expected names{comma}, one of "
-            f"them one of {', '.join(TARGET_COLUMNS)}"
+            f"{path}: found no target column in {printable(', '.join(map(repr, names)))}, expected names{comma}, one "
+            f"of them one of {', '.join(TARGET_COLUMNS)}"
         )
         return found
     known = {columns.target, columns.mask, columns.prompt, columns.id, *columns.controls}
     unused = sorted(set(names) - known)
     if unused:
-        found.notes.append(f"{path}: columns not used: {', '.join(unused)}")
+        found.notes.append(f"{path}: columns not used: {printable(', '.join(unused))}")
     for where, row in rows:
         record = _TableRow(path.parent, where, row, columns, found, memo, masks).record()
         if record is not None:
@@ -87,6 +104,9 @@ class _TableRow:
         assert targets[0].path is not None
         stem = unicodedata.normalize("NFC", targets[0].path.stem)
         named = self.row.get(self.columns.id or "")
+        if unprintable(str(named)):
+            self.found.problems.append(f"{self.where}: id: found {printable(named)!r}, expected a plain name")
+            return None
         mask = masks[0] if masks else self._mask_by_stem(stem, [targets[0], *controls])
         self.masks.count(stem, mask)
         return SampleRecord(
@@ -104,7 +124,13 @@ class _TableRow:
             return None
         text = str(value)
         if not isinstance(value, (str, int, float)):
-            self.found.problems.append(f"{self.where}: {self.columns.prompt}: found {text[:60]}, expected one text")
+            found = printable(text, 60)
+            self.found.problems.append(f"{self.where}: {self.columns.prompt}: found {found}, expected one text")
+        elif len(text) > TEXT_LIMIT:
+            self.found.problems.append(
+                f"{self.where}: {self.columns.prompt}: found {len(text)} characters, expected at most {TEXT_LIMIT}; "
+                "shorten it"
+            )
         elif any("\ud800" <= char <= "\udfff" for char in text):
             self.found.problems.append(f"{self.where}: {self.columns.prompt}: found half a character; write it anew")
         return text.strip() or None
@@ -120,20 +146,33 @@ class _TableRow:
         return [ref for ref in refs if ref is not None]
 
     def _ref(self, column: str, name: Any) -> ImageRef | None:
-        inside = PurePosixPath(str(name))
+        if not isinstance(name, str):
+            self.found.problems.append(
+                f"{self.where}: {column}: found {printable(name)}, expected a path or a list of paths"
+            )
+            return None
+        inside = PurePosixPath(name)
         depth, lowest = 0, 0
         for part in inside.parts:
             depth += -1 if part == ".." else 1
             lowest = min(lowest, depth)
         if inside.is_absolute() or lowest < 0:
             self.found.problems.append(
-                f"{self.where}: {column}: found {name}, expected a path inside {self.folder}, written relative to it; "
-                "move the picture there or write its path relative to the table"
+                f"{self.where}: {column}: found {printable(name)}, expected a path inside {self.folder}, written "
+                "relative to it; move the picture there or write its path relative to the table"
             )
             return None
         path = self.folder / inside
-        if not path.is_file():
-            self.found.problems.append(f"{self.where}: {column}: found no file {path}; check the path")
+        if not _is_file(path):
+            self.found.problems.append(f"{self.where}: {column}: found no file {printable(path)}; check the path")
+            return None
+        if unprintable(name):
+            self.found.problems.append(
+                f"{self.where}: {column}: found {printable(name)}, a name that cannot be printed; rename the file"
+            )
+            return None
+        if not is_inside(path, (self.folder,)):
+            self.found.problems.append(f"{self.where}: {column}: {link_problem(path)}")
             return None
         return ImageRef.from_path(path, memo=self.memo)
 
@@ -144,12 +183,13 @@ class _TableRow:
 
 def _csv_rows(path: Path, found: Found) -> Iterable[tuple[str, Row]]:
     """``("file:line", row)`` of a CSV; empty lines are left out, lines of another length become problems."""
-    with path.open(encoding="utf-8-sig", newline="") as stream:
-        reader = csv.reader(stream)
+    with path.open("rb") as stream:
+        reader = csv.reader(_lines(stream))
         header = [name.strip() for name in next(reader, [])]
         twice = sorted({name for name in header if header.count(name) > 1})
         if twice:
-            found.problems.append(f"{path}:1: found the column {', '.join(twice)} twice, expected different names")
+            named = printable(", ".join(twice))
+            found.problems.append(f"{path}:1: found the column {named} twice, expected different names")
             return
         for line in reader:
             where = f"{path}:{reader.line_num}"
@@ -164,14 +204,38 @@ def _csv_rows(path: Path, found: Found) -> Iterable[tuple[str, Row]]:
 
 def _json_rows(path: Path, found: Found) -> Iterable[tuple[str, Row]]:
     """``("file:line", row)`` of a JSONL file; lines that are no object become problems."""
-    # not splitlines: it also cuts at characters that may stand inside a JSON text
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
-        if not line.strip():
-            continue
-        parsed: Any = None
-        with suppress(ValueError, RecursionError):
-            parsed = json.loads(line)
-        if isinstance(parsed, dict):
-            yield f"{path}:{number}", parsed
-        else:
-            found.problems.append(f"{path}:{number}: found no JSON object; write one object a line")
+    with path.open("rb") as stream:
+        for number, line in enumerate(_lines(stream), 1):
+            if not line.strip():
+                continue
+            parsed: Any = None
+            with suppress(ValueError):
+                parsed = strict_loads(line.encode())
+            if isinstance(parsed, dict):
+                yield f"{path}:{number}", parsed
+            else:
+                found.problems.append(f"{path}:{number}: found no JSON object; write one object a line")
+
+
+def _lines(stream: BinaryIO) -> Iterator[str]:
+    """The lines of a UTF-8 file, cut at line feeds only: other separators may stand inside a text."""
+    total, first = 0, True
+    while line := stream.readline(_LINE_LIMIT + 1):
+        total += len(line)
+        if len(line) > _LINE_LIMIT:
+            raise _TooLong(f"found a line of more than {_LINE_LIMIT} bytes")
+        if total > _TABLE_LIMIT:
+            raise _TooLong(f"found a table of more than {_TABLE_LIMIT} bytes")
+        yield line.decode("utf-8-sig" if first else "utf-8")
+        first = False
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that is too long
+        return False
+
+
+class _TooLong(Exception):
+    """A table that is none."""

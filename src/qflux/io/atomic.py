@@ -1,7 +1,8 @@
 """Files are written once, whole and the same: temp file in the same directory, flush, fsync, rename.
 
 A reader sees the old file or the new one, never a part. A killed process leaves only temp files, whose names carry its
-pid and a tag of its host; :func:`sweep` removes those and nothing else.
+pid and a tag of its host; :func:`sweep` removes those and nothing else. The one file that grows, ``metrics.jsonl``,
+grows by whole lines (:class:`Lines`). No other module opens a file for writing.
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ import platform
 import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
-from qflux.errors import NoSpace
+from qflux.errors import NoSpace, QfluxError, RunStopped
+from qflux.io.faults import reach
 
 TEMP_PREFIX = ".qflux-tmp-"
 
@@ -27,6 +30,9 @@ _NAME = re.compile(re.escape(TEMP_PREFIX) + r"(\d+)-(?:([0-9a-f]{6})\.)?")
 _HOST = hashlib.sha256(platform.node().encode()).hexdigest()[:6]
 _FOREIGN_AGE = 24 * 3600.0  # seconds after which another host's temp file counts as abandoned
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+_BROKEN = (errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR,
+           errno.ESTALE, errno.ENODEV, errno.ENXIO, errno.EMFILE, errno.ENFILE, errno.EFBIG)  # fmt: skip
+_CHUNK = 64 << 20
 _counter = itertools.count(1)
 _live: set[str] = set()  # names of this process's unfinished temp files and folders
 
@@ -54,11 +60,13 @@ def fsync_dir(path: Path | str) -> None:
 
 
 def _fsync_file(path: Path) -> None:
+    reach("fsync.before")
     with open(path, "rb") as handle:
         os.fsync(handle.fileno())
+    reach("fsync.after")
 
 
-def _is_no_space(error: BaseException) -> bool:
+def is_no_space(error: BaseException) -> bool:
     """Whether an error, or what caused it, is a full disk; writers outside Python report it in words only."""
     seen: BaseException | None = error
     while seen is not None:
@@ -68,6 +76,21 @@ def _is_no_space(error: BaseException) -> bool:
             return True
         seen = seen.__cause__ or seen.__context__
     return False
+
+
+def disk_error(error: BaseException, folder: Path | str = ".") -> QfluxError | None:
+    """What a failed read or write means for a run, in one line: NoSpace, or RunStopped; None: the disk is not to blame.
+
+    ``folder`` is where the run writes, for an error that names no file.
+    """
+    if isinstance(error, NoSpace):
+        return error
+    path = Path(getattr(error, "filename", None) or folder)
+    if is_no_space(error):
+        return NoSpace(f"{path}: no space left on the disk: needs more than is free, free {_free_bytes(path)} bytes")
+    if isinstance(error, OSError) and error.errno in _BROKEN:
+        return RunStopped(f"{path}: {error.strerror}; see that the disk is well, then go on with --resume auto")
+    return None
 
 
 def _free_bytes(path: Path) -> int:
@@ -102,16 +125,20 @@ def atomic_path(path: Path | str, need: int | None = None) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temp = temp_path(path)
     try:
+        reach("write.before")
         yield temp
+        reach("write.after")
         _fsync_file(temp)
+        reach("rename.before")
         os.replace(temp, path)
+        reach("rename.after")
         fsync_dir(path.parent)
     except BaseException as error:
         written = 0
         with suppress(OSError):
             written = _size(temp)
         _remove(temp)
-        if isinstance(error, Exception) and not isinstance(error, NoSpace) and _is_no_space(error):
+        if isinstance(error, Exception) and not isinstance(error, NoSpace) and is_no_space(error):
             amount = f"needs {need}" if need is not None else f"needs more than {written}"
             raise NoSpace(
                 f"{path}: no space left on the disk: {amount} bytes, free {_free_bytes(path.parent)}"
@@ -123,11 +150,18 @@ def atomic_path(path: Path | str, need: int | None = None) -> Iterator[Path]:
 
 def write_bytes(path: Path | str, data: bytes | bytearray | memoryview) -> None:
     """Write ``data`` to ``path`` atomically; ``NoSpace`` when the disk is full."""
-    need = memoryview(data).nbytes
+    view = memoryview(data).cast("B")
+    write_chunks(path, (view[start : start + _CHUNK] for start in range(0, len(view), _CHUNK)), len(view))
+
+
+def write_chunks(path: Path | str, chunks: Iterable[bytes | bytearray | memoryview], need: int) -> None:
+    """Write pieces of together ``need`` bytes one after the other to ``path``, atomically; ``NoSpace``."""
     with atomic_path(path, need) as temp, open(temp, "xb", buffering=0) as handle:
-        view = memoryview(data).cast("B")
-        while view:
-            view = view[handle.write(view) :]
+        for chunk in chunks:
+            reach("write.during")
+            view = memoryview(chunk)
+            while view:
+                view = view[handle.write(view) :]
 
 
 def write_text(path: Path | str, text: str) -> None:
@@ -138,6 +172,63 @@ def write_text(path: Path | str, text: str) -> None:
 def write_json(path: Path | str, obj: object) -> None:
     """Write JSON with sorted keys, indent 2 and a newline at the end; ``ValueError`` for NaN or infinity."""
     write_text(path, json.dumps(obj, sort_keys=True, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+
+
+def write_png(path: Path | str, image: Any) -> None:
+    """Write a picture (``PIL.Image.Image``) as a PNG, atomically."""
+    with atomic_path(path) as temp:
+        image.save(temp, format="PNG")
+
+
+def write_new_text(path: Path | str, text: str) -> None:
+    """As :func:`write_text`, but ``FileExistsError`` where something has that name already; makes no folder."""
+    path = Path(path)
+    path.parent.stat()
+    whole = temp_path(path)
+    try:
+        write_text(whole, text)
+        try:
+            os.link(whole, path)  # unlike a rename it never replaces
+        except FileExistsError:
+            raise
+        except OSError:  # a file system without links
+            if os.path.lexists(path):
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from None
+            os.replace(whole, path)
+        fsync_dir(path.parent)
+    finally:
+        _remove(whole)
+        _live.discard(whole.name)
+
+
+class Lines:
+    """A text file that grows by whole lines.
+
+    A line is one write to the end of the file, so a kill leaves it whole or not there; what of it fitted on a full disk
+    is taken back, and ``NoSpace`` raised. Only one process may write. Nothing is buffered.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self._handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+
+    def add(self, line: str) -> None:
+        """Add one line; its end is added here."""
+        data, start = memoryview((line + "\n").encode()), os.fstat(self._handle).st_size
+        try:
+            while data:
+                data = data[os.write(self._handle, data) :]
+        except OSError as error:
+            with suppress(OSError):
+                os.ftruncate(self._handle, start)
+            if error.errno not in _NO_SPACE:
+                raise
+            free = _free_bytes(self.path.parent)
+            raise NoSpace(f"{self.path}: no space left on the disk: needs {len(data)} bytes, free {free}") from error
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self._handle)
 
 
 def publish_dir(tmp_dir: Path | str, final_dir: Path | str) -> None:
@@ -153,14 +244,22 @@ def publish_dir(tmp_dir: Path | str, final_dir: Path | str) -> None:
             for name in names:
                 _fsync_file(Path(folder, name))
             fsync_dir(folder)
+        reach("publish.before")
         os.rename(tmp_dir, final_dir)
+        reach("publish.after")
     except OSError as error:
-        if not _is_no_space(error):
+        if not is_no_space(error):
             raise
         need, free = _size(tmp_dir), _free_bytes(tmp_dir.parent)
         raise NoSpace(f"{final_dir}: no space left on the disk: needs {need} bytes, free {free}") from error
     _live.discard(tmp_dir.name)
     fsync_dir(final_dir.parent)
+
+
+def move(path: Path | str, name: Path | str) -> None:
+    """Give a folder of ours another name in the same folder, durably."""
+    os.rename(path, name)
+    fsync_dir(Path(name).parent)
 
 
 def _pid_alive(pid: int) -> bool:
@@ -192,10 +291,11 @@ def sweep(folder: Path | str) -> list[Path]:
 
     Only names made by :func:`temp_path` are touched. Those of another host (a shared disk) are left for a day.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
+    try:
+        names = sorted(name for name in os.listdir(folder) if name.startswith(TEMP_PREFIX))
+    except OSError:  # it is not there, no folder, or not ours to look into
         return []
-    gone = [path for path in sorted(folder.iterdir()) if path.name.startswith(TEMP_PREFIX) and _abandoned(path)]
+    gone = [path for path in map(Path(folder).joinpath, names) if _abandoned(path)]
     for path in gone:
         _remove(path)
     return gone

@@ -108,8 +108,10 @@ class DigestMemo:
     def save(self) -> None:
         """Write new notes, if any, into the file, keeping what other processes noted meanwhile.
 
-        A place that cannot be written to only means that files are read again next time.
+        A place that cannot be written to only means that files are read again next time. What a killed process left
+        half-written beside the file goes.
         """
+        atomic.sweep(self.path.parent)
         if self._fresh:
             self._known = self._read() | self._known | self._fresh
             text = json.dumps(self._known, sort_keys=True, indent=2)  # ASCII: a file name need not be valid Unicode

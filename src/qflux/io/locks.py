@@ -13,13 +13,15 @@ import filelock
 
 from qflux.errors import Locked, UserError
 from qflux.io import atomic
+from qflux.io.progress import say
 
 
-def _holder(note: Path) -> str:
+def _holder(note: Path) -> str | None:
+    """Who the note says holds the lock; None without one."""
     with suppress(OSError, ValueError, TypeError, KeyError):
         known = json.loads(note.read_text(encoding="utf-8"))
         return f"process {known['pid']} on {known['host']}"
-    return "another process"
+    return None
 
 
 @contextmanager
@@ -28,7 +30,8 @@ def hold(path: Path | str, what: str, wait: float = 0.0) -> Iterator[None]:
 
     ``Locked`` names pid and host of the holder when the lock is not free within ``wait`` seconds. The lock file itself
     stays behind (removing it could let two processes in); ``<path>.owner`` exists only while the lock is held, or after
-    a kill, and is overwritten by the next holder.
+    a kill: the next holder says that it takes over and overwrites it. A lock of another host is judged in the same way,
+    by the kernel's lock, which network file systems carry between hosts.
     """
     path = Path(path)
     note = path.with_name(path.name + ".owner")
@@ -38,10 +41,13 @@ def hold(path: Path | str, what: str, wait: float = 0.0) -> Iterator[None]:
         lock.acquire()
     except filelock.Timeout:
         advice = "wait until it ends, or give this run another folder"
-        raise Locked(f"{what} is in use by {_holder(note)} (lock file {path}): {advice}") from None
+        raise Locked(f"{what} is in use by {_holder(note) or 'another process'} (lock file {path}): {advice}") from None
     except (OSError, NotImplementedError) as error:
         raise UserError(f"{what}: cannot lock {path}: {error}") from error
     try:
+        gone = _holder(note)
+        if gone is not None:
+            say(f"{what}: the lock of {gone}, which is gone, is taken over")
         atomic.write_json(note, {"pid": os.getpid(), "host": platform.node()})
         yield
     finally:

@@ -7,16 +7,16 @@ tensors lie by falling item size, then by name, so that each one is aligned.
 
 from __future__ import annotations
 
+import itertools
 import json
-import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from qflux.errors import UserError
 from qflux.io import atomic
+from qflux.io.headers import Entry, header_end, parse_header, read_header, unreadable
 
 _CODES = {
     torch.float64: "F64",
@@ -37,7 +37,6 @@ _CODES = {
     torch.bool: "BOOL",
 }
 _DTYPES = {code: dtype for dtype, code in _CODES.items()}
-_HEADER_LIMIT = 100_000_000  # bytes; the reference reader's limit
 _CHUNK = 64 << 20
 
 
@@ -88,52 +87,26 @@ def save_tensors(path: Path | str, tensors: Mapping[str, Tensor], metadata: Mapp
     """
     header, order = _layout(tensors, metadata)
     need = len(header) + sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    with atomic.atomic_path(path, need) as temp, open(temp, "xb") as handle:
-        handle.write(header)
-        for name in order:
-            for chunk in _chunks(tensors[name]):
-                handle.write(chunk)
+    values = (chunk for name in order for chunk in _chunks(tensors[name]))
+    atomic.write_chunks(path, itertools.chain([header], values), need)
 
 
-def _parse_header(text: bytes | bytearray | memoryview) -> tuple[dict[str, dict], dict[str, str]]:
-    """The table of tensors and the metadata; ``ValueError`` when it is no header."""
-    table = json.loads(bytes(text))
-    if not isinstance(table, dict):
-        raise ValueError("the header is not an object")
-    metadata = table.pop("__metadata__", None) or {}
-    return table, {str(key): str(value) for key, value in metadata.items()}
-
-
-def _header_end(prefix: bytes | bytearray | memoryview, size: int) -> int:
-    length = int.from_bytes(prefix[:8], "little")
-    if size < 8 or length > min(size - 8, _HEADER_LIMIT):
-        raise ValueError(f"the header's length {length} does not fit a file of {size} bytes")
-    return 8 + length
-
-
-def _view(buffer: bytearray, base: int, entry: dict) -> Tensor:
-    """One tensor as a view of the buffer; ``ValueError`` when the entry does not fit it."""
-    dtype, shape, (start, end) = _DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
-    count = math.prod(shape)
-    if (
-        not 0 <= start <= end <= len(buffer) - base
-        or end - start != count * dtype.itemsize
-        or min(shape, default=0) < 0
-    ):
-        raise ValueError(f"offsets {start}..{end} do not fit shape {shape} of {entry['dtype']}")
-    if not count:
-        return torch.empty(shape, dtype=dtype)
-    return torch.frombuffer(buffer, dtype=dtype, count=count, offset=base + start).view(shape)
+def _view(buffer: bytearray, base: int, entry: Entry) -> Tensor:
+    """One tensor as a view of the buffer; ``ValueError`` for a dtype that torch does not have."""
+    if entry.dtype not in _DTYPES:
+        raise ValueError(f"tensors of {entry.dtype} are not read here")
+    dtype = _DTYPES[entry.dtype]
+    if entry.start == entry.end:
+        return torch.empty(entry.shape, dtype=dtype)
+    count = (entry.end - entry.start) // dtype.itemsize
+    return torch.frombuffer(buffer, dtype=dtype, count=count, offset=base + entry.start).view(entry.shape)
 
 
 def parse(buffer: bytearray) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors (views that share ``buffer``) and metadata of a file's bytes; ``ValueError`` if broken."""
-    base = _header_end(buffer, len(buffer))
-    table, metadata = _parse_header(memoryview(buffer)[8:base])
-    try:
-        return {name: _view(buffer, base, entry) for name, entry in table.items()}, metadata
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"broken header: {error}") from error
+    end = header_end(buffer, len(buffer))
+    header = parse_header(bytes(memoryview(buffer)[8:end]), len(buffer))
+    return {name: _view(buffer, end, entry) for name, entry in header.tensors.items()}, header.metadata
 
 
 def load_tensors(path: Path | str) -> dict[str, Tensor]:
@@ -141,23 +114,13 @@ def load_tensors(path: Path | str) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    read_header(path)  # its limits are narrower than the library's
     try:
         return load_file(path)
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file") from error
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: not a readable safetensors file: {error}") from error
+    except (SafetensorError, OSError, KeyError) as error:
+        raise unreadable(path, error) from error
 
 
 def read_metadata(path: Path | str) -> dict[str, str]:
     """The metadata of a safetensors file (empty if it has none), reading only its header; ``UserError`` if broken."""
-    try:
-        with open(path, "rb") as handle:
-            size = handle.seek(0, 2)
-            handle.seek(0)
-            end = _header_end(handle.read(8), size)
-            return _parse_header(handle.read(end - 8))[1]
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file") from error
-    except (ValueError, AttributeError, OSError) as error:
-        raise UserError(f"{path}: not a readable safetensors file: {error}") from error
+    return read_header(path).metadata

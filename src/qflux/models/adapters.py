@@ -19,6 +19,8 @@ from torch import Tensor, nn
 
 from qflux.errors import UserError
 from qflux.io.atomic import write_json
+from qflux.io.headers import unreadable
+from qflux.io.json_files import strict_loads, strict_read
 from qflux.io.quiet import quiet_imports
 from qflux.io.tensors import load_tensors, read_metadata, save_tensors
 from qflux.models.quantized_layers import Quantized
@@ -199,7 +201,7 @@ def _adapter_file(path: Path) -> Path:
     if not path.is_file():
         raise UserError(f"no adapter file {path}; expected a .safetensors file or a folder with {' or '.join(names)}")
     if path.suffix != ".safetensors":
-        raise UserError(f"{path}: adapters are read from .safetensors only")
+        raise unreadable(path, ValueError("adapters are read from .safetensors only"))
     return path
 
 
@@ -228,6 +230,8 @@ def _refuse_other_scaling(path: Path, model: Any) -> None:
     wanted = config.lora_alpha / config.r
     saved = _saved_config(path)
     alpha, rank = saved.get("lora_alpha"), saved.get("r")
+    if not all(value is None or (type(value) in (int, float) and value > 0) for value in (alpha, rank)):
+        raise UserError(f"{path}: its LoRA config has r {rank!a} and lora_alpha {alpha!a}, expected numbers above 0")
     found = alpha / (math.sqrt(rank) if saved.get("use_rslora") else rank) if alpha and rank else 1.0
     if not math.isclose(found, wanted):
         told = f"alpha {alpha} and rank {rank}" if alpha and rank else "no alpha, which means alpha = rank"
@@ -241,9 +245,12 @@ def _saved_config(path: Path) -> dict[str, Any]:
     """The LoRA config that came with an adapter file: its metadata, or PEFT's file beside it; empty if neither."""
     text = read_metadata(path).get(METADATA_KEY)
     beside = path.with_name("adapter_config.json")
-    if text is None and beside.is_file():
-        text = beside.read_text(encoding="utf-8")
-    config = json.loads(text) if text else {}
+    try:
+        config = strict_loads(text.encode()) if text else strict_read(beside) if beside.is_file() else {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: the LoRA config that came with it cannot be read: {error}") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: the LoRA config that came with it is no JSON object")
     return {key.rpartition(".")[2]: value for key, value in config.items()}
 
 

@@ -19,13 +19,12 @@ from qflux.errors import UserError
 from qflux.io.digests import blake3_file, blake3_json
 from qflux.io.json_files import read_object
 from qflux.io.quiet import quiet_imports
-from qflux.models.model_folder import KEY, folder_problems, read_index
+from qflux.models.model_folder import KEY, folder_problems, pickled_only, read_index
 
 if TYPE_CHECKING:
     from qflux.io.digests import DigestMemo
 
 _IDENTITY_SUFFIXES = (".safetensors", ".json", ".txt", ".model", ".jinja")
-_PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _HUB_ID = re.compile(r"[\w][\w.\-]*(/[\w][\w.\-]*)?")
 _DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -111,14 +110,9 @@ def refuse_pickles(root: Path) -> None:
     """UserError where a component's weights are there only in a format that can run code when opened."""
     if not root.is_dir():
         raise UserError(f"{KEY}: no component folder {root}")
-    if any(root.rglob("*.safetensors")):
-        return
-    pickles = sorted(path.name for path in root.iterdir() if path.suffix in _PICKLE_SUFFIXES)
-    if pickles:
-        raise UserError(
-            f"{KEY}: {root} has weights only as {', '.join(pickles[:3])}, a format that can run code when opened; "
-            "convert them to safetensors"
-        )
+    problem = pickled_only(root)
+    if problem:
+        raise UserError(f"{KEY}: {problem}")
 
 
 def load_module(cls: type, folder: Path, component: str, dtype: torch.dtype, **options: Any) -> Any:
@@ -150,7 +144,9 @@ def readable(root: Path, cls: type) -> Iterator[None]:
     """Whatever a library raises on a broken or foreign folder becomes one line about it."""
     try:
         yield
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
+    except UserError:
+        raise
+    except Exception as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{KEY}: {root} cannot be loaded as {cls.__name__}: {reason}") from error
 
@@ -192,8 +188,10 @@ def free(*modules: Any) -> None:
 
 def load_plain(cls: type, folder: Path, component: str) -> Any:
     """Load a component that is no network: a tokenizer, an image processor or a scheduler."""
+    # left out, an Auto class would ask on the terminal whether to run a stranger's code
+    own = {"trust_remote_code": False} if cls.__module__.startswith("transformers") else {}
     with quiet_libraries(), readable(folder / component, cls):
-        part = cls.from_pretrained(folder, subfolder=component, local_files_only=True)  # type: ignore[attr-defined]
+        part = cls.from_pretrained(folder, subfolder=component, local_files_only=True, **own)  # type: ignore[attr-defined]
     if hasattr(part, "get_vocab") and len(part.get_vocab()) <= len(part.added_tokens_decoder):
         raise UserError(f"{KEY}: {folder / component} has no vocabulary; fetch the tokenizer's files again")
     return part
@@ -221,11 +219,12 @@ def meta_module(folder: Path, component: str) -> torch.nn.Module | None:
 
 
 def meta_network(config: Mapping[str, Any]) -> torch.nn.Module | None:
-    """The network of a diffusers config on the meta device; None where ``_class_name`` is no class of diffusers."""
+    """The network of a diffusers config on the meta device; None where ``_class_name`` is no network of diffusers."""
     with quiet_imports():
         import diffusers
-    cls = getattr(diffusers, str(config.get("_class_name")), None)
-    if cls is None:
+    found = getattr(diffusers, str(config.get("_class_name")), None)
+    if not (isinstance(found, type) and issubclass(found, diffusers.ModelMixin)):
         return None
+    cls: Any = found
     with quiet_libraries(), torch.device("meta"):
         return cls.from_config(dict(config))

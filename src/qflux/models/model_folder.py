@@ -5,15 +5,19 @@ A model is a folder as ``save_pretrained`` of a pipeline leaves it: ``model_inde
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from qflux.errors import UserError
+from qflux.io.headers import CONVERT, PICKLE_SUFFIXES, read_header
 from qflux.io.json_files import read_object
 from qflux.types import Family
 
 KEY = "model.pretrained_model_name_or_path"
+_CONFIG_LIMIT = 1 << 20  # bytes
+_MOST_LAYERS = 1_000
+_ATTENTION = ("attn_implementation", "_attn_implementation")
 
 
 def needed_components(family: Family) -> list[str]:
@@ -22,29 +26,87 @@ def needed_components(family: Family) -> list[str]:
 
 
 def folder_problems(folder: Path, components: Sequence[str], name: str | Path | None = None) -> list[str]:
-    """Component folders that are not there; else weights files that an index names and its folder lacks.
+    """Component folders that are not there; else files that must not or cannot be read, and weights that are lost.
 
-    ``name`` is the model's in messages, ``folder`` where it is None. One line a problem.
+    Weights are safetensors with a sound header; an index names files beside it and no others; a config fetches no code
+    and no other model. ``name`` is the model's in messages, ``folder`` where it is None. One line a problem.
     """
     missing = [component for component in components if not (folder / component).is_dir()]
     if missing:
         found = ", ".join(sorted(path.name for path in folder.iterdir() if path.is_dir())) or "none"
         return [f"{KEY}: {name or folder} has no component folder {', '.join(missing)}; found: {found}"]
-    return [line for component in components for line in _lost_shards(folder / component)]
+    problems = [line for component in components for line in _component_problems(folder / component)]
+    return [f"{KEY}: {line}" for line in problems]
 
 
-def _lost_shards(root: Path) -> list[str]:
-    problems = []
+def pickled_only(root: Path) -> str | None:
+    """A line about a component whose weights are there only in a format that can run code when opened, or None."""
+    if any(root.rglob("*.safetensors")):
+        return None
+    pickles = sorted(path.name for path in root.iterdir() if path.suffix in PICKLE_SUFFIXES)
+    return f"{root} has weights only as {', '.join(pickles[:3])}, {CONVERT}" if pickles else None
+
+
+def shard_names(index: Path) -> list[str]:
+    """The files that an index of weights names, sorted; UserError where it is damaged or one is not beside it."""
+    table = read_object(index, KEY).get("weight_map")
+    if not isinstance(table, dict) or not table or not all(isinstance(name, str) for name in table.values()):
+        raise UserError(f"{KEY}: {index} is damaged; fetch it again")
+    names = sorted(set(table.values()))
+    for name in names:
+        if Path(name).name != name or "\\" in name or not name.endswith(".safetensors"):
+            raise UserError(f"{KEY}: {index} names {name[:200]!a}, expected safetensors files beside it; do not use it")
+    return names
+
+
+def _component_problems(root: Path) -> Iterator[str]:
+    pickles = pickled_only(root)
+    if pickles:
+        yield pickles
+    if (root / "adapter_config.json").exists():
+        yield f"{root} holds adapter_config.json, which would load another model under it; expected a whole model"
+    for path in (root / name for name in ("config.json", f"{root.name}_config.json")):
+        yield from _config_problems(path) if path.exists() else ()
+    for path in sorted(root.glob("*.safetensors")):
+        try:
+            read_header(path)
+        except UserError as error:
+            yield from error.problems
     for index in sorted(root.glob("*.safetensors.index.json")):
         try:
-            named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            lost = sorted(name for name in named if not (root / name).is_file())
-        except (ValueError, KeyError, TypeError, AttributeError):
-            problems.append(f"{KEY}: {index} is damaged; fetch it again")
+            lost = [name for name in shard_names(index) if not (root / name).is_file()]
+        except UserError as error:
+            yield from (line.removeprefix(f"{KEY}: ") for line in error.problems)
             continue
         if lost:
-            problems.append(f"{KEY}: {root} lacks {', '.join(lost)}, which {index.name} names; fetch the model again")
-    return problems
+            yield f"{root} lacks {', '.join(lost)}, which {index.name} names; fetch the model again"
+
+
+def _config_problems(path: Path) -> Iterator[str]:
+    """What a component's config asks for that is refused: foreign code, foreign files, numbers that fill the memory."""
+    if path.is_file() and path.stat().st_size > _CONFIG_LIMIT:
+        yield f"{path}: {path.stat().st_size} bytes, expected a config of at most {_CONFIG_LIMIT}; fetch it again"
+        return
+    try:
+        config = read_object(path, KEY)
+    except UserError as error:
+        yield from (line.removeprefix(f"{KEY}: ") for line in error.problems)
+        return
+    for name, value in _settings(config):
+        if name in _ATTENTION and "/" in str(value):
+            yield f"{path}: {name} names {str(value)[:100]!a}, code of others to be fetched; remove that line"
+        elif name == "transformers_weights":
+            yield f"{path}: {name} names {str(value)[:100]!a}; expected weights under their usual names"
+        elif type(value) is int and value > _MOST_LAYERS and ("layers" in name or "blocks" in name):
+            yield f"{path}: {name} is {str(value)[:40]}, at most {_MOST_LAYERS} are built; fetch the config again"
+
+
+def _settings(config: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Names and values of a config, those of nested configs too."""
+    for name, value in config.items():
+        yield name, value
+        if isinstance(value, dict):
+            yield from _settings(value)
 
 
 def read_index(folder: Path) -> dict[str, Any]:

@@ -143,8 +143,8 @@ def eval_mode(optimizer: Optimizer) -> Iterator[None]:
         return
     params: list[Tensor] = list(_parameters(optimizer))
     saved = [param.detach().clone() for param in params]
-    optimizer.eval()  # type: ignore[attr-defined]
     try:
+        optimizer.eval()  # type: ignore[attr-defined]
         yield
     finally:
         with torch.no_grad():

@@ -7,7 +7,6 @@ their pages belong to the file and go when the system wants them, and several pr
 from __future__ import annotations
 
 import ctypes
-import json
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,10 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from qflux.errors import UserError
+from qflux.io.headers import read_header
 from qflux.io.quiet import quiet_imports
 from qflux.models import quantize as quant
 from qflux.models.loading import KEY, load_module, quiet_libraries, read_config, readable, refuse_pickles
 from qflux.models.memory_rules import stored_format
+from qflux.models.model_folder import shard_names
 
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
 _INDEX = f"{_WEIGHTS}.index.json"
@@ -138,8 +139,9 @@ class _Checkpoint:
             from safetensors import SafetensorError, safe_open
         for path in self._paths():
             try:
+                read_header(path)  # its limits are narrower than the library's
                 shard = self._files.enter_context(safe_open(path, framework="pt"))
-            except (SafetensorError, OSError) as error:
+            except (SafetensorError, OSError, UserError) as error:
                 self._files.close()
                 raise UserError(f"{KEY}: {path} cannot be read: {' '.join(str(error).split())}") from None
             for key in shard.offset_keys():  # in the order of their bytes
@@ -158,7 +160,7 @@ class _Checkpoint:
     def _paths(self) -> list[Path]:
         names, index = {_WEIGHTS}, self.root / _INDEX
         if index.is_file():
-            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            names = set(shard_names(index))
         missing = [name for name in sorted(names) if not (self.root / name).is_file()]
         if missing:
             raise UserError(f"{KEY}: {self.root} lacks {_listed(missing)}")

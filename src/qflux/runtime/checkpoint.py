@@ -19,6 +19,7 @@ from typing import Any
 from qflux.errors import NoSpace, RunStopped
 from qflux.io import atomic
 from qflux.io.digests import canonical_json, xxh3
+from qflux.io.faults import reach
 from qflux.io.progress import say
 from qflux.types import TrainState
 
@@ -60,7 +61,9 @@ def save_checkpoint(
                 raise ValueError(f"{name} belongs to save_checkpoint; the writer must use another name")
         record = dataclasses.asdict(state or TrainState(step=step))
         atomic.write_json(staged / STATE, {"format": FORMAT, **record, "step": step})
+        reach("manifest.before")
         atomic.write_json(staged / MANIFEST, _manifest(staged, step, identity))
+        reach("manifest.after")
         _publish(staged, final)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -71,7 +74,7 @@ def save_checkpoint(
     problems = verify_checkpoint(final)
     if problems:
         raise RunStopped(f"{final} does not read back as it was written", *problems)
-    _rotate(run_dir, step, limit)
+    rotate(run_dir, step, limit)
     return final
 
 
@@ -173,16 +176,19 @@ def _publish(staged: Path, final: Path) -> None:
     count = 0
     while os.path.lexists(aside := final.with_name(f"{final.name}.old{count or ''}")):
         count += 1
-    os.rename(final, aside)
+    atomic.move(final, aside)
+    reach("aside.after")
     atomic.publish_dir(staged, final)
     _remove(aside)
 
 
-def _rotate(run_dir: Path, step: int, limit: int | None) -> None:
+def rotate(run_dir: Path, step: int, limit: int | None) -> None:
     """Remove the oldest checkpoints of ours until ``limit`` are left; the one of ``step`` was just verified and stays.
 
-    Folders of later steps (left by a run that was set back) are not counted and not touched.
+    Folders of later steps (left by a run that was set back) are not counted and not touched. A resume calls this too:
+    a kill may have come between a save and its rotation.
     """
+    reach("rotation.before")
     newest = run_dir / checkpoint_name(step)
     numbered = [(int(_NAME.fullmatch(path.name)[1]), path) for path in list_checkpoints(run_dir)]  # type: ignore[index]
     older = [path for number, path in numbered if number <= step and path != newest and _is_ours(path)]
@@ -191,6 +197,7 @@ def _rotate(run_dir: Path, step: int, limit: int | None) -> None:
     surplus = rest[: max(0, len(rest) - max(limit - 1, 0))] if limit is not None else []
     for path in superseded + surplus:
         _remove(path)
+    reach("rotation.after")
 
 
 def _is_ours(path: Path) -> bool:
@@ -200,6 +207,7 @@ def _is_ours(path: Path) -> bool:
 
 def _remove(path: Path) -> None:
     """Remove a checkpoint we wrote; it stays when it holds a file that its manifest does not list."""
+    atomic.sweep(path)  # of an export that was killed
     try:
         listed = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]
         foreign = set(_files(path)) - set(listed) - {MANIFEST}
@@ -210,7 +218,8 @@ def _remove(path: Path) -> None:
         say(f"{path.name} stays: it holds files that are not of the checkpoint ({', '.join(sorted(foreign)[:3])})")
         return
     doomed = atomic.temp_path(path)
-    os.rename(path, doomed)
+    atomic.move(path, doomed)
+    reach("rotation.during")
     shutil.rmtree(doomed, ignore_errors=True)
 
 

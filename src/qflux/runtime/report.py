@@ -60,10 +60,13 @@ th{font-weight:500;color:var(--soft);width:32%}summary{cursor:pointer;margin:.5r
 """
 
 
-def write_report(run_dir: Path) -> Path:
-    """Write ``report.html`` into a run folder, atomically, and return its path."""
+def write_report(run_dir: Path, end: Mapping[str, Any] | None = None) -> Path:
+    """Write ``report.html`` into a run folder, atomically, and return its path.
+
+    ``end`` is what run.json will say of how the run ended, where it does not say it yet.
+    """
     run_dir = Path(run_dir)
-    record = read_record(run_dir) or {}
+    record = {**(read_record(run_dir) or {}), **(end or {})}
     metrics = read_metrics(run_dir / METRICS)
     sections = [
         _head(run_dir, record, metrics),

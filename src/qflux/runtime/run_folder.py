@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import platform
 import re
 import subprocess
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,17 +21,27 @@ from typing import Any
 from qflux.config import dump_config
 from qflux.errors import DONE, UserError
 from qflux.io import atomic
+from qflux.io.faults import reach
 from qflux.io.locks import hold
 from qflux.io.progress import say
-from qflux.runtime.checkpoint import MANIFEST, find_checkpoint, read_manifest, taken_names, verify_checkpoint
+from qflux.runtime.checkpoint import (
+    MANIFEST,
+    find_checkpoint,
+    read_manifest,
+    rotate,
+    taken_names,
+    verify_checkpoint,
+)
 from qflux.runtime.tracking import METRICS, trim_metrics
 
 FORMAT = 1
 RECORD = "run.json"
 BATCH = "samples_per_step"  # the key of a run's identity that another number of processes keeps
 LOCK = ".lock"
+SAMPLES = "samples"
 _PACKAGES = ("qflux", "torch", "diffusers", "transformers", "peft", "accelerate")
 _ABSENT = "(absent)"
+_RESERVED = 16384  # bytes, more than run.json has
 
 
 @dataclass
@@ -46,6 +57,7 @@ class RunFolder:
     record: dict[str, Any]
     _held: ExitStack = field(default_factory=ExitStack)
     follower: bool = False
+    _reserve: Path | None = None  # takes room until run.json has told how the run ended, also on a full disk
 
     def told(self) -> dict[str, Any]:
         """What the other processes of a run must know, as JSON values."""
@@ -64,7 +76,7 @@ class RunFolder:
         """Add a line to ``notes`` in run.json: what users of the result must know."""
         if text not in self.record["notes"] and not self.follower:
             self.record["notes"].append(text)
-            atomic.write_json(self.path / RECORD, self.record)
+            _write_record(self.path, self.record)
 
     def finish(self, exit_code: int, reason: str, step: int) -> None:
         """Write how the run ended into run.json and let the lock go."""
@@ -72,13 +84,21 @@ class RunFolder:
             return
         try:
             self.record.update(exit_code=exit_code, reason=reason, step=step)
-            atomic.write_json(self.path / RECORD, self.record)
+            self._release()
+            _write_record(self.path, self.record)
         finally:
             self.close()
 
     def close(self) -> None:
         """Let the lock go; may be called twice."""
+        self._release()
         self._held.close()
+
+    def _release(self) -> None:
+        if self._reserve is not None:
+            with suppress(OSError):
+                self._reserve.unlink()
+            self._reserve = None
 
     def __enter__(self) -> RunFolder:
         """Itself."""
@@ -121,7 +141,7 @@ def open_run(
     folder = folder or _make_next(root)
     with ExitStack() as stack:
         stack.enter_context(hold(folder / LOCK, f"the run folder {folder}"))
-        atomic.sweep(folder)
+        _sweep(folder)
         if in_place:
             checkpoint = checkpoint or find_checkpoint(folder)
         step, settled = _checkpoint_step(checkpoint, wanted)
@@ -133,11 +153,15 @@ def open_run(
         taken = taken_names(folder, step)
         if taken:
             raise UserError(*(f"{path}: no checkpoint of this run (no {MANIFEST}); move it away" for path in taken))
+        record = _record(config, settled, device, data, step, notes)
+        _write_record(folder, record)  # first: without it nothing says that the folder is a run's
         _prepare_metrics(folder, checkpoint, step)
         atomic.write_text(folder / "config.yaml", dump_config(config))
-        record = _record(config, settled, device, data, step, notes)
-        atomic.write_json(folder / RECORD, record)
-        return RunFolder(folder, checkpoint, step, record, stack.pop_all())
+        if in_place and checkpoint is not None:
+            rotate(folder, step, config.train.checkpoints_total_limit)
+        reserve = atomic.temp_path(folder / "reserve")
+        atomic.write_bytes(reserve, os.urandom(_RESERVED))  # of bytes that no file system packs
+        return RunFolder(folder, checkpoint, step, record, stack.pop_all(), _reserve=reserve)
 
 
 def run_folders(root: Path) -> list[Path]:
@@ -240,6 +264,18 @@ def _checkpoint_step(checkpoint: Path | None, identity: _Identity) -> tuple[int,
     if differences:
         raise _differs(checkpoint, differences)
     return manifest["step"], identity.beside(manifest["identity"])
+
+
+def _write_record(folder: Path, record: Mapping[str, Any]) -> None:
+    reach("record.before")
+    atomic.write_json(folder / RECORD, record)
+    reach("record.after")
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what a killed process left half-written, wherever a run writes."""
+    for place in (folder, folder / SAMPLES, *(folder / SAMPLES).glob("*/")):
+        atomic.sweep(place)
 
 
 def _prepare_metrics(folder: Path, checkpoint: Path | None, step: int) -> None:

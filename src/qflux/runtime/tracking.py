@@ -6,16 +6,18 @@ wait.
 
 from __future__ import annotations
 
-import errno
 import importlib.util
 import json
 import logging
 import math
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 from qflux.errors import NoSpace, UserError
+from qflux.io import atomic
+from qflux.io.faults import reach
 from qflux.io.progress import say
 from qflux.io.quiet import quiet_imports
 
@@ -44,22 +46,23 @@ class Tracker:
     """Writes metrics.jsonl and feeds the trackers; on other processes than the first it does nothing.
 
     ``start_step`` is the step a resumed run continues from. A tracker that fails is reported once and switched off; a
-    full disk under metrics.jsonl raises NoSpace. Raises UserError for trackers that are not installed.
+    full disk raises NoSpace, but not in ``close``. Raises UserError for trackers that are not installed.
     """
 
     def __init__(self, run_dir: Path, config: Any, main: bool, start_step: int = 0) -> None:
-        self._file: TextIO | None = None
+        self._file: atomic.Lines | None = None
         self._trackers: dict[str, Any] = {}
         if not main:
             return
         check_trackers(config.logging.report_to)
         self._path = Path(run_dir) / METRICS
-        self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115  (closed by close)
+        self._file = atomic.Lines(self._path)
+        self._threads, threading.excepthook = threading.excepthook, self._thread_failed
         for name in config.logging.report_to:
             try:
                 self._trackers[name] = _start(name, Path(run_dir), config, start_step)
             except Exception as error:
-                self._switch_off(name, error)
+                self._failed(name, error)
 
     def log(self, step: int, **values: float | int | None) -> None:
         """One line of training metrics of optimizer step ``step``; not-finite numbers are written as null."""
@@ -94,11 +97,12 @@ class Tracker:
 
     def close(self) -> None:
         """Finish all trackers and close the file; may be called twice."""
-        self._each(lambda tracker: tracker.finish())
+        self._each(lambda tracker: tracker.finish(), closing=True)
         self._trackers.clear()
         if self._file is not None:
             self._file.close()
             self._file = None
+            threading.excepthook = self._threads
 
     def __enter__(self) -> Tracker:
         """Itself."""
@@ -111,24 +115,29 @@ class Tracker:
     def _line(self, record: dict[str, Any]) -> None:
         if self._file is None:
             return
-        try:
-            self._file.write(json.dumps(_plain(record), allow_nan=False) + "\n")
-            self._file.flush()
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise NoSpace(f"{self._path}: no space left on the device") from error
-            raise
+        reach("metrics.before")
+        self._file.add(json.dumps(_plain(record), allow_nan=False))
+        reach("metrics.after")
 
-    def _each(self, action: Callable[[Any], None]) -> None:
+    def _each(self, action: Callable[[Any], None], closing: bool = False) -> None:
         for name, tracker in list(self._trackers.items()):
             try:
                 action(tracker)
             except Exception as error:
-                self._switch_off(name, error)
+                self._failed(name, error, closing)
 
-    def _switch_off(self, name: str, error: Exception) -> None:
+    def _failed(self, name: str, error: Exception, closing: bool = False) -> None:
+        """Switch a tracker off; a full disk ends the run."""
         self._trackers.pop(name, None)
+        full = atomic.disk_error(error, self._path.parent)
+        if isinstance(full, NoSpace) and not closing:
+            raise full from error
         say(f"tracker {name} failed and is switched off, {METRICS} goes on: {type(error).__name__}: {error}")
+
+    def _thread_failed(self, args: threading.ExceptHookArgs) -> None:
+        """A tracker's own thread cannot write: the tracker raises it at its next call, a trace tells no more."""
+        if args.exc_value is None or atomic.disk_error(args.exc_value) is None:
+            self._threads(args)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -138,8 +147,6 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 def trim_metrics(path: Path, step: int) -> None:
     """Rewrite a metrics.jsonl, atomically, without lines of steps after ``step`` and without torn ones."""
-    from qflux.io import atomic
-
     path = Path(path)
     if not path.exists():
         return

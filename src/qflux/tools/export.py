@@ -25,6 +25,8 @@ import torch
 from torch import Tensor
 
 from qflux.errors import UserError
+from qflux.io.atomic import sweep
+from qflux.io.json_files import strict_loads
 from qflux.io.quiet import quiet_imports
 from qflux.io.tensors import load_tensors, read_metadata, save_tensors
 from qflux.models.adapters import METADATA_KEY, WEIGHTS_FILE
@@ -82,6 +84,7 @@ def export_adapter(adapter: Path, fmt: str, folder: Traversable, out: Path | Non
         tensors = native_tensors(source.layers, read_rules(folder), fmt, str(path))
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        sweep(target.parent)
         save_tensors(target, tensors, metadata)
     except OSError as error:
         raise UserError(f"--out: cannot write {target} ({error.strerror}); name another file") from error
@@ -127,7 +130,7 @@ def read_adapter(path: Path) -> Adapter:
 def _settings(path: Path, text: str) -> tuple[str, dict[str, Any]]:
     """The component and its LoRA settings from the metadata, whose keys are ``<component>.<setting>``."""
     try:
-        raw = json.loads(text)
+        raw = strict_loads(text.encode())
         settings = {key.partition(".")[2]: value for key, value in raw.items()}
         _scale(settings, "", int(settings["r"]))
         return min(raw).partition(".")[0], settings

@@ -23,6 +23,7 @@ from qflux.config_yaml import YamlProblem, parse, write_yaml
 from qflux.errors import UserError
 from qflux.io import atomic
 from qflux.io.digests import xxh3
+from qflux.io.faults import reach
 from qflux.io.progress import say
 from qflux.io.quiet import quiet_imports
 from qflux.io.tensors import read_metadata
@@ -136,6 +137,7 @@ def write_hub_folder(
         copies[comfyui.name] = comfyui
     files = sorted([*copies, SETTINGS, CARD])
     _refuse_others(folder, files)
+    reach("push.before")
     atomic.write_json(folder / WRITTEN, files)
     for name, path in copies.items():
         _copy(path, folder / name)
@@ -150,6 +152,7 @@ def write_hub_folder(
         call=example_call(source.trainer, source.config, drawn),
     )
     atomic.write_text(folder / CARD, write_card(facts, source.config, source.family))
+    reach("push.after")
     what = "adapter" if source.config.model.lora is not None else source.family.denoiser
     return HubFolder(folder, tuple(files), f"{what} after {facts.step} steps")
 

@@ -12,16 +12,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from qflux.data import cache_care
 from qflux.data.cache_manager import CacheDamaged, CacheManager, CacheMiss, CacheReport
-from qflux.errors import Interrupted, UserError
+from qflux.errors import DONE, Interrupted, UserError
 from qflux.io.digests import DigestMemo
 from qflux.io.progress import say
 from qflux.loss.edit_mask_loss import mask_to_grid
 from qflux.models.loading import component_identity, free
 from qflux.models.memory_rules import method_of, package_of
 from qflux.randomness import Purpose, generator, uniform
-from qflux.trainer.early import memo_of
+from qflux.trainer.early import memo_of, read_samples
 from qflux.types import EditSample, EncodedSample, EncodeStage, SampleSpec
+from qflux.validation.validation_sampler import classifier_free
 
 if TYPE_CHECKING:
     from qflux.data.dataset import EditDataset
@@ -178,6 +180,13 @@ def wanted_specs(trainer: BaseTrainer, dataset: EditDataset) -> list[SampleSpec]
     return specs
 
 
+def drawn_specs(trainer: BaseTrainer, samples: Sequence[SampleSpec]) -> list[SampleSpec]:
+    """Specs of the samples to draw, and of each with the empty prompt where they are drawn with guidance against it."""
+    if not classifier_free(trainer):
+        return list(samples)
+    return [*samples, *(replace(spec, prompt=trainer.family.empty_prompt) for spec in samples)]
+
+
 def fill_cache(
     trainer: BaseTrainer,
     cache: CacheManager,
@@ -248,3 +257,28 @@ def build_cache(trainer: BaseTrainer, stop: StopSignal) -> None:
         for dataset in datasets:
             say(cache_dataset(trainer, cache, dataset, stop, verify=True).line())
         validation_samples(trainer, cache, stop)
+
+
+def care_for_cache(trainer: BaseTrainer, word: str, file: Path | None) -> int:
+    """``--cache verify | gc | explain FILE`` on what ``build_cache`` would make; returns the exit code."""
+    from qflux.trainer.setup import joined, open_datasets
+
+    with joined(trainer, network=False):
+        cache = cache_manager(trainer, memo_of(trainer.config))
+        parts = [(cache, wanted_specs(trainer, dataset)) for dataset in open_datasets(trainer)]
+        drawn = [spec for spec, _ in read_samples(trainer.config, trainer.family)]
+        wanted = cache_care.needed([*parts, (text_stages(cache), drawn_specs(trainer, drawn))])
+
+        def care() -> list[Any]:
+            if word == "verify":
+                found = cache_care.verify(cache, wanted)
+                return [found.text(), found.ok]
+            if word == "gc":
+                done = cache_care.collect(cache, wanted)
+                return [done.text(), not done.failed]
+            assert file is not None
+            return [cache_care.explain(cache, wanted, file), True]
+
+        text, good = trainer.group.share(care)
+    say(text)
+    return DONE if good else UserError.exit_code

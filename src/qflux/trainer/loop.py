@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+import math
 import signal
 import time
-from collections.abc import Callable
+import traceback
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -18,21 +19,26 @@ from qflux.data.dataset import EditDataset
 from qflux.data.feeder import feed, to_device
 from qflux.data.geometry import sized_otherwise
 from qflux.data.order import Order
-from qflux.errors import BUG, DONE, Interrupted, QfluxError, RunStopped
+from qflux.errors import BUG, DONE, Interrupted, NoSpace, QfluxError, RunStopped
+from qflux.io import atomic
 from qflux.io.digests import DigestMemo
+from qflux.io.faults import reach
 from qflux.io.progress import Progress, say
+from qflux.models.loading import free
 from qflux.parallel.placement import Placement
 from qflux.runtime.checkpoint import save_checkpoint
 from qflux.runtime.report import write_report
-from qflux.runtime.run_folder import RunFolder, open_run
+from qflux.runtime.run_folder import RECORD, RunFolder, open_run
 from qflux.runtime.signals import StopSignal
 from qflux.runtime.tracking import Tracker
 from qflux.trainer import setup
 from qflux.trainer.early import NO_MASKS, memo_of
 from qflux.trainer.encoding import SampleReader, ensure_cached
+from qflux.trainer.finite import FiniteWatch, refuse_non_finite
 from qflux.trainer.sampling import Validation
 from qflux.trainer.state import Weights, collect, read_weights
 from qflux.types import Batch, Step
+from qflux.validation.fence import described
 
 if TYPE_CHECKING:
     from qflux.trainer.base_trainer import BaseTrainer
@@ -67,6 +73,7 @@ class Run:
     identity: dict[str, Any]
     skips: FiniteWatch
     saved: int = field(default=-1)
+    between_steps: bool = True  # whether weights and optimizer are those of ``weights.state.step``
 
     def validate(self) -> None:
         """Samples and held-out loss of the step just made."""
@@ -79,11 +86,16 @@ class Run:
         info = setup.adapter_info(self.trainer, self.dataset, state.step)
         with group.during("saving"):
             files = collect(self.trainer, weights, self.place, info)
+
+            def write(folder: Path) -> None:
+                refuse_non_finite(files, state.step)
+                files.write(folder)
+
             group.first(
                 lambda: save_checkpoint(
                     self.folder.path,
                     state.step,
-                    files.write,
+                    write,
                     self.identity,
                     self.trainer.config.train.checkpoints_total_limit,
                     state,
@@ -91,44 +103,18 @@ class Run:
             )
         self.saved = state.step
 
-
-class FiniteWatch:
-    """Reads the finite-loss flag of a step one step later, so that no step waits for the device."""
-
-    def __init__(self, limit: int, name: Callable[[int], str]) -> None:
-        self.limit, self.name, self.row = limit, name, 0
-        self._pending: tuple[Tensor, torch.cuda.Event | None, int, list[Batch]] | None = None
-
-    def put(self, finite: Tensor, step: int, batches: list[Batch]) -> None:
-        """Note the flag of ``step``, and judge the one before."""
-        self.check()
-        event = None
-        if finite.is_cuda:
-            # Only a copy into pinned memory leaves the host free.
-            host = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(finite, non_blocking=True)
-            event = torch.cuda.Event()
-            event.record()
-            finite = host
-        self._pending = (finite, event, step, batches)
-
-    def check(self) -> None:
-        """Judge the noted flag: name the step and its samples, stop after too many in a row."""
-        if self._pending is None:
+    def rescue(self, error: BaseException) -> None:
+        """After ``error`` left no memory for a step: save the step before it, where one process can alone."""
+        step = self.weights.state.step
+        if not self.between_steps or self.place.processes > 1 or self.saved == step or step == 0:
             return
-        (flag, event, step, batches), self._pending = self._pending, None
-        if event is not None:
-            event.synchronize()
-        if bool(flag):
-            self.row = 0
-            return
-        self.row += 1
-        names = sorted({self.name(index) for batch in batches for index in batch.index})
-        say(f"step {step}: loss or gradient is not finite, its update was left out; samples {', '.join(names)}", True)
-        if self.row > self.limit:
-            raise RunStopped(
-                f"train.max_skipped_steps: {self.row} steps in a row were not finite, allowed {self.limit}; lower "
-                "train.optimizer.lr, use bf16 in place of fp16, or look at the samples named above"
-            )
+        traceback.clear_frames(error.__traceback__)  # they hold what the step had computed so far
+        self.weights.optimizer.zero_grad(set_to_none=True)
+        free()
+        try:
+            self.save()
+        except Exception as problem:  # the run ends for want of memory, whatever else fails then
+            say(f"step {step} could not be saved: {described(problem)}")
 
 
 @dataclass
@@ -193,6 +179,8 @@ def _fit(trainer: BaseTrainer, opened: Opened, stop: StopSignal) -> None:
             code, reason = found.exit_code, str(found)
             raise found from error
         code, reason = RunStopped.exit_code, f"out of memory: {error}".splitlines()[0]
+        if run is not None:
+            run.rescue(error)
         raise RunStopped(f"{reason}; {OUT_OF_MEMORY}") from error
     except QfluxError as error:
         code, reason = error.exit_code, str(error)
@@ -200,12 +188,35 @@ def _fit(trainer: BaseTrainer, opened: Opened, stop: StopSignal) -> None:
     except KeyboardInterrupt:
         code, reason = 128 + (stop.number or signal.SIGINT), "interrupted twice"
         raise
+    except OSError as error:
+        failed = atomic.disk_error(error, folder.path)
+        if failed is None:
+            raise
+        code, reason = failed.exit_code, str(failed)
+        raise failed from error
     finally:
+        unwritten = _close(run, folder, opened.place.main, code, reason)
+        if code == DONE and unwritten is not None:
+            raise unwritten
+
+
+def _close(run: Run | None, folder: RunFolder, main: bool, code: int, reason: str) -> Exception | None:
+    """Close the run's books: trackers, report, run.json; returns what the disk refused, which must not hide the end."""
+    unwritten: Exception | None = None
+    step = folder.step if run is None else run.weights.state.step
+    try:
         if run is not None:
             run.tracker.close()
-        folder.finish(code, reason, folder.step if run is None else run.weights.state.step)
-        if run is not None and opened.place.main:
-            _report(folder.path)
+            unwritten = _report(folder.path, {"exit_code": code, "reason": reason, "step": step}) if main else None
+        if code == DONE and unwritten is not None:
+            code, reason = NoSpace.exit_code, str(unwritten)
+    finally:  # last: nothing of a run that is done is made up for after a kill
+        try:
+            folder.finish(code, reason, step)
+        except (NoSpace, OSError) as error:
+            say(f"{folder.path / RECORD} does not tell how the run ended: {error}")
+            unwritten = error
+    return unwritten
 
 
 def _out_of_memory(error: BaseException) -> bool:
@@ -213,12 +224,16 @@ def _out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
 
 
-def _report(folder: Path) -> None:
-    """Write report.html; a failure here must not hide how the run ended."""
+def _report(folder: Path, end: dict[str, Any]) -> NoSpace | None:
+    """Write report.html; a failure here must not hide how the run ended. Returns that of a full disk."""
     try:
-        say(f"report {write_report(folder)}")
+        say(f"report {write_report(folder, end)}")
+    except NoSpace as error:
+        say(f"report: not written, {error}")
+        return error
     except Exception as error:
         say(f"report: not written, {type(error).__name__}: {error}")
+    return None
 
 
 def build_run(trainer: BaseTrainer, opened: Opened, stop: StopSignal) -> Run:
@@ -274,7 +289,7 @@ def _train(run: Run) -> None:
                 break
             learning_rate = run.weights.schedule.lr()
             loss, norm, finite = optimizer_step(run, step, batches)
-            state.step, state.samples = state.step + 1, state.samples + state.batch
+            state.step, state.samples, run.between_steps = state.step + 1, state.samples + state.batch, True
             group.step = state.step
             run.skips.put(finite, state.step, batches)
             if state.step % config.logging.logging_steps == 0 or state.step == total:
@@ -307,11 +322,13 @@ def optimizer_step(run: Run, step: Step, batches: list[Batch]) -> tuple[Tensor, 
     place, weights = run.place, run.weights
     at_once, forwards = run.trainer.config.model.split_micro_batches, list[Tensor]()
     total = torch.zeros((), device=place.device)
+    # A learning rate that is no number makes the loss none: one flag then masks the update, wherever it is made.
+    rate = 1.0 if math.isfinite(weights.schedule.lr()) else math.nan
     for k, (micro, batch) in enumerate(zip(step.micros, batches, strict=True)):
         with place.sync_only_at(k == len(batches) - 1):
             on_device = to_device(batch, place.device)
             shift = run.shift(batch.sizes.target.size)
-            loss = run.trainer.step(run.model, on_device, weights.state.seed, shift).mean() * micro.share
+            loss = run.trainer.step(run.model, on_device, weights.state.seed, shift).mean() * (micro.share * rate)
             forwards.append(loss)
             if len(forwards) == at_once or k == len(batches) - 1:
                 place.backward(functools.reduce(torch.add, forwards))
@@ -321,7 +338,10 @@ def optimizer_step(run: Run, step: Step, batches: list[Batch]) -> tuple[Tensor, 
     norm = place.clip(parameters, run.trainer.config.train.max_grad_norm)
     # Of several processes each knows its own part of the loss, and all must decide alike.
     finite = torch.isfinite(norm) if place.processes > 1 else torch.isfinite(norm) & torch.isfinite(total)
+    run.between_steps = False
+    reach("optimizer_step.before")
     place.step(weights.optimizer, parameters, finite)
+    reach("optimizer_step.after")
     weights.schedule.tick()
     if weights.ema is not None:
         weights.ema.update()

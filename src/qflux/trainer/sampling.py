@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from qflux.errors import UserError
+from qflux.errors import QfluxError, UserError
 from qflux.io.progress import say
 from qflux.models import adapters
 from qflux.models.optimizers import eval_mode
 from qflux.runtime.checkpoint import drawn_weights, find_checkpoint, verify_checkpoint
 from qflux.runtime.tracking import METRICS, read_metrics
 from qflux.trainer.early import memo_of, read_samples
-from qflux.trainer.encoding import cache_manager, fill_cache, text_stages
+from qflux.trainer.encoding import cache_manager, drawn_specs, fill_cache, text_stages
 from qflux.trainer.state import Weights
 from qflux.types import EditSample
 from qflux.validation.comparison import encode_texts
+from qflux.validation.fence import fenced
 from qflux.validation.held_out import HeldOut
 from qflux.validation.validation_sampler import (
+    STOPPED,
     ValidationSampler,
-    classifier_free,
     load_drawing_parts,
     with_negative,
 )
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from qflux.trainer.encoding import SampleReader
 
 TextSample = tuple[EditSample, dict[str, torch.Tensor]]
+Made = TypeVar("Made")
 
 
 def validation_samples(
@@ -52,15 +54,13 @@ def validation_samples(
         samples = [sample for _, sample in pairs]
         return list(zip(samples, encode_texts(trainer, samples), strict=True))
     texts = text_stages(cache)
-    specs = [spec for spec, _ in pairs]
-    if classifier_free(trainer):
-        specs += [replace(spec, prompt=trainer.family.empty_prompt) for spec in specs]
-    if not fill and any(texts.missing(specs).values()):
+    specs = drawn_specs(trainer, [spec for spec, _ in pairs])
+    if not fill and any(texts.missing(specs, verify=True).values()):
         raise UserError(
             "cache.on_missing: found prompts of logging.validation.samples that are not encoded, expected none; encode "
             "them once with --cache, or set cache.on_missing: fill"
         )
-    fill_cache(trainer, texts, specs, lambda i: pairs[i % len(pairs)][1], stop=stop)
+    fill_cache(trainer, texts, specs, lambda i: pairs[i % len(pairs)][1], verify=True, stop=stop)
     found = [texts.get(spec).text for spec in specs]
     if len(found) > len(pairs):
         found = [with_negative(*pair) for pair in zip(found[: len(pairs)], found[len(pairs) :], strict=True)]
@@ -91,9 +91,13 @@ class Validation:
         settings = trainer.config.logging.validation
         if settings.steps is None:
             return cls(trainer, None, None, stop)
-        samples = validation_samples(trainer, cache, stop, fill=trainer.config.cache.on_missing == "fill")
+        fill = trainer.config.cache.on_missing == "fill"
+        samples = _early(trainer, lambda: validation_samples(trainer, cache, stop, fill=fill))
         held_out = None if reader is None else HeldOut(trainer, reader.read, len(reader.dataset), Shift.of(trainer))
-        return cls(trainer, make_sampler(trainer, samples) if samples else None, held_out, stop)
+        if not samples:
+            return cls(trainer, None, held_out, stop)
+        parts = _early(trainer, lambda: load_drawing_parts(trainer))
+        return cls(trainer, ValidationSampler(trainer, samples, parts), held_out, stop)
 
     def complete(self, weights: Weights, tracker: Tracker, folder: Path) -> None:
         """Make up what a stop kept from being measured or drawn at the resumed step."""
@@ -110,13 +114,12 @@ class Validation:
 
     def run(self, weights: Weights, tracker: Tracker, folder: Path, *, measure: bool = True, draw: bool = True) -> None:
         """Draw and measure with the weights users will get: EMA or averaged ones when on, rounded as loaders round."""
-        step = weights.state.step
+        step, group = weights.state.step, self.trainer.group
         with ExitStack() as stack:
-            stack.enter_context(self.trainer.group.during("validating"))
-            stack.enter_context(eval_mode(weights.optimizer))
-            if weights.ema is not None:
-                stack.enter_context(weights.ema.swapped())
-            stack.enter_context(adapters.rounded_copy(weights.model, self.trainer.dtype))
+            stack.enter_context(group.during("validating"))
+            # They copy the weights, for which memory may lack on one of several processes: then none goes on.
+            if not all(group.gather(lambda: bool(fenced(lambda: self._users_weights(weights, stack), STOPPED)))):
+                return
             if measure and self.held_out is not None:
                 measured = self.held_out.measure(weights.model, lambda: self.stop.asked)
                 if measured is not None:
@@ -124,6 +127,23 @@ class Validation:
             if draw and self.sampler is not None:
                 out = folder / "samples" / f"step-{step:06d}"
                 tracker.log_images(step, self.sampler.draw(weights.model, out, self.stop))
+
+    def _users_weights(self, weights: Weights, stack: ExitStack) -> bool:
+        """Until ``stack`` ends, the network has the weights that users will get."""
+        stack.enter_context(eval_mode(weights.optimizer))
+        if weights.ema is not None:
+            stack.enter_context(weights.ema.swapped())
+        stack.enter_context(adapters.rounded_copy(weights.model, self.trainer.dtype))
+        return True
+
+
+def _early(trainer: BaseTrainer, make: Callable[[], Made]) -> Made | None:
+    """What drawing needs, made before training begins; None and a line where it failed.
+
+    What is wrong with config or files still ends the run; so does a failure of one of several processes, for which the
+    others would wait.
+    """
+    return make() if trainer.group.processes > 1 else fenced(make, STOPPED, passing=(QfluxError,))
 
 
 def draw_samples(trainer: BaseTrainer, stop: StopSignal, checkpoint: str | None, out: Path | None) -> Path:
@@ -154,7 +174,7 @@ def _draw_samples(
     out = out or Path(settings.output_dir) / settings.tracker_project_name / "samples"
     say(f"drawing {len(samples)} samples with {folder if folder else 'the bare model'} into {out}")
     with adapters.rounded_copy(model, trainer.dtype):
-        make_sampler(trainer, samples).draw(model, out, stop, fenced=False)
+        make_sampler(trainer, samples).draw(model, out, stop, fence=False)
     stop.poll()
     return out
 

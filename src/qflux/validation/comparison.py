@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from qflux.data.sheet import contact_sheet
+from qflux.io.atomic import write_png
 from qflux.io.progress import Progress
 from qflux.models.adapters import rounded_copy
 from qflux.models.loading import free
@@ -25,7 +26,6 @@ from qflux.validation.validation_sampler import (
     classifier_free,
     draw_picture,
     load_drawing_parts,
-    save_png,
     with_negative,
 )
 
@@ -151,14 +151,14 @@ def save_pictures(out: Path, samples: Sequence[EditSample], pictures: Mapping[st
     out.mkdir(parents=True, exist_ok=True)
     for label, drawn in pictures.items():
         for index, picture in enumerate(drawn):
-            save_png(out / f"pair-{index:03d}-{label}.png", picture)
+            write_png(out / f"pair-{index:03d}-{label}.png", picture)
     shown = samples[:SHEET_ROWS]
     rows = [
         [sample.controls[0] if sample.controls else None, *(drawn[i] for drawn in pictures.values()), sample.target]
         for i, sample in enumerate(shown)
     ]
     labels = [sample.prompt for sample in shown]
-    save_png(out / "sheet.png", contact_sheet(rows, ["control", *pictures, "target"], row_labels=labels))
+    write_png(out / "sheet.png", contact_sheet(rows, ["control", *pictures, "target"], row_labels=labels))
     return out / "sheet.png"
 
 

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from qflux.data.feeder import Read, collate, to_device
-from qflux.io.progress import say
 from qflux.loss.flow_matching import add_noise, flow_matching_loss, shift_sigmas
 from qflux.randomness import Purpose, generator
+from qflux.validation.fence import fenced
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,20 +44,17 @@ class HeldOut:
     def _rows(self, model: Any, indices: Sequence[int], asked: Callable[[], bool]) -> list[list[float]] | None:
         """The losses of some pairs; None when asked to stop, or after a failure that a line tells of."""
         lockstep = self.trainer.group.lockstep
-        try:
+
+        def measure() -> list[list[float]] | None:
             rows = []
             with torch.no_grad():
                 for index in indices:
                     if asked() and not lockstep:
                         return None
                     rows.append(self._sample(model, index).tolist())
-        except Exception as error:
-            if lockstep:
-                raise
-            text = f"held-out loss: not measured, {type(error).__name__}: {error}; training goes on"
-            say(text, everywhere=True)
-            return None
-        return rows
+            return rows
+
+        return measure() if lockstep else fenced(measure, "held-out loss: not measured,")
 
     def _sample(self, model: Any, index: int) -> Tensor:
         """``[S]`` loss of one pair at each noise level, as many in one forward as a micro-batch has samples."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,10 +12,12 @@ import torch
 from PIL import Image
 
 from qflux.data.sheet import contact_sheet
-from qflux.io.atomic import atomic_path, write_json
-from qflux.io.progress import Progress, say
+from qflux.io.atomic import sweep, write_json, write_png
+from qflux.io.faults import reach
+from qflux.io.progress import Progress
 from qflux.models.loading import quiet_libraries
 from qflux.types import EditSample
+from qflux.validation.fence import fenced
 from qflux.validation.metrics import psnr
 
 if TYPE_CHECKING:
@@ -24,12 +26,7 @@ if TYPE_CHECKING:
     from qflux.runtime.signals import StopSignal
 
 COLUMNS = ("control", "before", "after", "target")
-
-
-def save_png(path: Path, image: Image.Image) -> None:
-    """A PNG written whole."""
-    with atomic_path(path) as temporary:
-        image.save(temporary, format="PNG")
+STOPPED = "sampling: stopped by"  # begins the line that tells of a failure
 
 
 def call_pipeline(pipe: Any, kwargs: Mapping[str, Any], **extra: Any) -> Any:
@@ -100,61 +97,54 @@ class ValidationSampler:
     """Draws ``samples`` (each with its encoded text) with the trainer's official pipeline.
 
     Image i is drawn with ``torch.Generator("cpu").manual_seed(seed + i)``; ``components`` are the pipeline's parts
-    besides the network.
+    besides the network; None = they are loaded when a picture needs them.
     """
 
     def __init__(
         self,
         trainer: Any,
         samples: Sequence[tuple[EditSample, Mapping[str, Tensor]]],
-        components: Mapping[str, Any],
+        components: Mapping[str, Any] | None,
     ) -> None:
         self.trainer, self.samples, self.components = trainer, samples, components
 
-    def draw(self, model: Any, out: Path, stop: StopSignal, fenced: bool = True) -> dict[str, Image.Image]:
+    def draw(self, model: Any, out: Path, stop: StopSignal, fence: bool = True) -> dict[str, Image.Image]:
         """Draw all samples into ``out`` as PNGs with one contact sheet; returns the pictures by name.
 
-        A failure is reported and ends the drawing, not the run, while ``fenced``. Of several processes each draws its
+        A failure is reported and ends the drawing, not the run, with a ``fence``. Of several processes each draws its
         share, and the first, which makes the sheet, returns all; one network in shards is called by all alike.
         """
         crew = self.trainer.group
         mine = range(len(self.samples)) if crew.lockstep else range(len(self.samples))[crew.rank :: crew.processes]
         with torch.no_grad():
-            told = crew.gather(lambda: self._share(model, mine, out, stop, fenced and not crew.lockstep))
+            told = crew.gather(lambda: self._share(model, mine, out, stop, fence and not crew.lockstep))
         names = {name for part in told for name in part}
         if crew.rank or not names or len(names) < len(self.samples):
             return {}
-        return self._fenced(lambda: self._finish(out), fenced) or {}
+        return (fenced(lambda: self._finish(out), STOPPED) or {}) if fence else self._finish(out)
 
-    def _share(self, model: Any, mine: Sequence[int], out: Path, stop: StopSignal, fenced: bool) -> list[str]:
+    def _share(self, model: Any, mine: Sequence[int], out: Path, stop: StopSignal, fence: bool) -> list[str]:
         """Draw some of the samples; the names of those that are there."""
         drawn: list[str] = []
 
         def run() -> None:
             out.mkdir(parents=True, exist_ok=True)
+            sweep(out)
             with suppress(_Stopped), Progress(len(mine), f"sampling {out.name}", "image") as bar:
                 for i in mine:
+                    reach("sample.before")
                     image = self._one(model, i, stop)
                     if self.trainer.group.rank == 0 or not self.trainer.group.lockstep:
-                        save_png(out / f"{self.samples[i][0].id}.png", image)
+                        write_png(out / f"{self.samples[i][0].id}.png", image)
+                    reach("sample.after")
                     drawn.append(self.samples[i][0].id)
                     bar.advance()
 
-        self._fenced(run, fenced)
+        if fence:
+            fenced(run, STOPPED)
+        else:
+            run()
         return drawn
-
-    @staticmethod
-    def _fenced(run: Callable[[], Any], fenced: bool) -> Any:
-        try:
-            return run()
-        except Exception as error:
-            if not fenced:
-                raise
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-            text = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-            say(f"sampling: stopped by {text}; training goes on", everywhere=True)
-            return None
 
     def _finish(self, out: Path) -> dict[str, Image.Image]:
         images = {s.id: Image.open(out / f"{s.id}.png").convert("RGB") for s, _ in self.samples}
@@ -169,6 +159,8 @@ class ValidationSampler:
 
         sample, text = self.samples[i]
         settings = self.trainer.config.logging.validation
+        if self.components is None:
+            self.components = load_drawing_parts(self.trainer)
         pipe = self.trainer.pipeline({**self.components, self.trainer.family.denoiser: model})
         seed, steps = settings.seed + i, settings.num_inference_steps
         return draw_picture(self.trainer, pipe, sample, text, seed=seed, steps=steps, callback_on_step_end=poll)
@@ -184,5 +176,6 @@ class ValidationSampler:
             rows.append([control, before, after, sample.target])
             if sample.target is not None:
                 scores.append({"name": sample.id, "score": psnr(after, sample.target), "metric": "PSNR"})
-        save_png(out / "sheet.png", contact_sheet(rows, COLUMNS, row_labels=[s.prompt for s, _ in self.samples]))
         write_json(out / "scores.json", scores)
+        # Last: a resumed run takes a step with a sheet for drawn.
+        write_png(out / "sheet.png", contact_sheet(rows, COLUMNS, row_labels=[s.prompt for s, _ in self.samples]))

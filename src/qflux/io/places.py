@@ -1,0 +1,34 @@
+"""Where a path leads, links followed, and how it is shown: for names that strangers have chosen."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Iterable
+from pathlib import Path
+
+_BIDI = "\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+
+
+def is_inside(path: Path, roots: Iterable[Path]) -> bool:
+    """Whether ``path``, links followed, lies in one of ``roots``.
+
+    A folder in the hub's cache is a folder of links into its repository's ``blobs``; that counts as inside.
+    """
+    try:
+        real = path.resolve()
+        homes = [root.resolve() for root in roots]
+    except (OSError, RuntimeError):  # a link to itself
+        return False
+    blobs = [part.parent / "blobs" for home in homes for part in home.parents if part.name == "snapshots"]
+    return any(real.is_relative_to(home) for home in (*homes, *blobs))
+
+
+def unprintable(text: str) -> bool:
+    """Whether a text holds what turns a terminal or cannot be written: control, direction and half characters."""
+    return any(unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp") or char in _BIDI for char in text)
+
+
+def printable(text: object, limit: int = 200) -> str:
+    """A text in one line, cut to ``limit`` characters, with such characters escaped."""
+    shown = "".join(ascii(char)[1:-1] if unprintable(char) else char for char in str(text)[: limit + 1])
+    return f"{shown[:limit]}…" if len(shown) > limit else shown

@@ -1,0 +1,224 @@
+"""What a run will still write against what its disks have free, and whether it may write there: before step 1.
+
+Figures are the plan's; needs no torch. Pictures are counted uncompressed, so they come out smaller.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qflux.config import Config
+from qflux.data.cache_manager import CacheManager
+from qflux.data.dataset import EditDataset
+from qflux.data.sheet import MAX_ROWS
+from qflux.errors import DONE, NoSpace, UserError
+from qflux.io import atomic
+from qflux.runtime.checkpoint import MANIFEST, list_checkpoints, read_manifest
+from qflux.runtime.run_folder import read_record, run_folders
+from qflux.tools.plan import Plan, make_plan
+from qflux.tools.plan_text import size
+
+if TYPE_CHECKING:
+    from qflux.trainer.base_trainer import BaseTrainer
+
+BLOCK = 4096  # bytes by which a file grows on most disks
+_SHEET_COLUMNS, _CELL = 4, 256  # of a contact sheet; pixels of a cell's side
+_LINE, _SCALARS, _PAGE = 300, 700, 300_000  # bytes of a line of metrics, of one in a tracker's file, of a bare report
+_EMBEDDED, _SHEETS, _BEST = 700_000, 12, 6  # bytes of a picture in the report at most, and how many it has
+_OUTPUT, _CACHE = "logging.output_dir", "cache.cache_dir"
+
+
+@dataclass(frozen=True)
+class Part:
+    """Bytes of one kind that go to ``folder``, and what makes them fewer."""
+
+    name: str
+    folder: Path
+    bytes: int
+    advice: str
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins: the run folder that it continues, or None for a new one; its step; checkpoints there."""
+
+    folder: Path | None = None
+    step: int = 0
+    checkpoints: int = 0
+
+
+def check_disk(
+    trainer: BaseTrainer, datasets: Sequence[EditDataset], *, training: bool, resume: str | None = None
+) -> None:
+    """Refuse a run whose disks cannot take what it will write, or whose folders cannot be written to.
+
+    training  else only the cache is made
+    resume    as on the command line: what the run continued has written already is not needed again
+
+    Raises NoSpace, a line a disk with need and free space, and UserError, a line a folder. What nothing describes (the
+    cache of a family without data, a model that cannot be planned) is not counted.
+    """
+    config = trainer.config
+    start = _start(config, resume) if training else Start()
+    if start.folder is not None:
+        atomic.sweep(start.folder)  # of a killed run: a whole checkpoint, perhaps
+    short = shortages(_parts(trainer, datasets, start, training))
+    if short:
+        raise NoSpace("\n".join(short))
+    folders = {_OUTPUT: _project(config)} if training else {}
+    if config.cache.use_cache or not training:
+        folders[_CACHE] = Path(config.cache.cache_dir)
+    problems = [problem for key, folder in folders.items() if (problem := _unwritable(key, folder))]
+    if problems:
+        raise UserError(*problems)
+
+
+def shortages(parts: Sequence[Part]) -> list[str]:
+    """One line for each disk that has less free than its parts need; folders that are not there yet may be named."""
+    disks: dict[int, list[Part]] = {}
+    for part in parts:
+        if part.bytes:
+            disks.setdefault(os.stat(_existing(part.folder)).st_dev, []).append(part)
+    lines = []
+    for mine in disks.values():
+        need, free = sum(part.bytes for part in mine), shutil.disk_usage(_existing(mine[0].folder)).free
+        if need <= free:
+            continue
+        by_size = sorted(mine, key=lambda part: -part.bytes)
+        folders = " and ".join(dict.fromkeys(str(part.folder) for part in by_size))
+        told = ", ".join(f"{part.name} {size(part.bytes)}" for part in by_size)
+        lines.append(f"disk: {folders}: needs {size(need)} ({told}), free {size(free)}; {by_size[0].advice}")
+    return lines
+
+
+def _parts(trainer: BaseTrainer, datasets: Sequence[EditDataset], start: Start, training: bool) -> list[Part]:
+    config = trainer.config
+    try:
+        plan = make_plan(config, type(trainer), datasets=datasets, model=trainer.folder, split=False)
+    except UserError:  # the plan at the start has said why
+        return []
+    parts = []
+    if plan.disk.cache is not None and (not training or config.cache.on_missing == "fill"):
+        elsewhere = f"set {_CACHE} to a folder on a larger disk, lower data.target_size, or set cache.use_cache: false"
+        parts.append(Part("cache", Path(config.cache.cache_dir), _cache(trainer, datasets, plan), elsewhere))
+    return parts + _run(config, plan, start) if training else parts
+
+
+def _run(config: Config, plan: Plan, start: Start) -> list[Part]:
+    """What training writes into its run folder."""
+    train, root = config.train, _project(config)
+    left = max(0, train.max_train_steps - start.step)
+    count = -(-left // train.checkpointing_steps)
+    if train.checkpoints_total_limit is not None:  # the new one stands before the oldest goes
+        count = min(count, max(0, train.checkpoints_total_limit - start.checkpoints) + 1)
+    larger = f"set {_OUTPUT} to a folder on a larger disk"
+    fewer = "lower" if train.checkpoints_total_limit else "set"
+    checkpoints = f"{fewer} train.checkpoints_total_limit, or {larger}" if count > 1 else larger
+    looks, pictures, sheet = _looks(config, start.step), [3 * h * w for h, w in _drawn(plan)], 0
+    if pictures:
+        sheet = 3 * _CELL**2 * _SHEET_COLUMNS * min(len(pictures), MAX_ROWS)
+    drawn = sum(pictures) + sheet + (len(pictures) + 2) * BLOCK if pictures else 0
+    lines = left // config.logging.logging_steps + looks
+    told = lines * _LINE
+    if config.logging.report_to:
+        told += lines * _SCALARS + looks * sum(pictures)
+    shown = min(looks, _SHEETS) * min(sheet, _EMBEDDED) + _BEST * min(max(pictures, default=0), _EMBEDDED)
+    return [
+        Part(f"{count} checkpoint{'s' * (count > 1)}", root, count * (plan.disk.checkpoint + 8 * BLOCK), checkpoints),
+        Part("samples", root, looks * drawn, f"raise logging.validation.steps, or {larger}"),
+        Part("metrics", root, told, f"raise logging.logging_steps, or {larger}"),
+        Part("report", root, _PAGE + shown, larger),
+    ]
+
+
+def _drawn(plan: Plan) -> list[tuple[int, int]]:
+    return [shape.target for shape in plan.data.drawn] if plan.config.logging.validation.steps else []
+
+
+def _looks(config: Config, step: int) -> int:
+    """How many validations come after ``step``, the one at step 0 among them."""
+    every, total = config.logging.validation.steps, config.train.max_train_steps
+    if every is None or step >= total:
+        return 0
+    return total // every - step // every + (total % every > 0) + (step == 0)
+
+
+def _cache(trainer: BaseTrainer, datasets: Sequence[EditDataset], plan: Plan) -> int:
+    """Bytes of the entries that the cache lacks."""
+    from qflux.trainer.early import memo_of
+    from qflux.trainer.encoding import cache_manager, wanted_specs
+
+    planned = plan.disk.cache
+    if planned is None or planned.total is None:
+        return 0
+    manager: CacheManager = cache_manager(trainer, memo_of(trainer.config))
+    specs = [spec for dataset in datasets for spec in wanted_specs(trainer, dataset)]
+    paths = {manager.path(name, key) for spec in specs for name, key in manager.keys(spec).items()}
+    there = 0
+    for path in list(paths):
+        with suppress(OSError):
+            there += path.stat().st_size
+            paths.remove(path)
+    if not paths:
+        return 0
+    prompts = len(trainer.config.logging.validation.samples)
+    return max(0, planned.total - there) + prompts * planned.sample + len(paths) * BLOCK
+
+
+def _start(config: Config, resume: str | None) -> Start:
+    """What ``--resume`` will continue, as far as it is known before the data is compared."""
+    if resume is None:
+        return Start()
+    if resume != "auto":
+        path = Path(resume)
+        if not (path / MANIFEST).is_file():
+            return _continued(path)
+        with suppress(OSError, ValueError):
+            found = list_checkpoints(path.resolve().parent)
+            if found and found[-1] == path.resolve():
+                return _continued(found[-1].parent)
+            return Start(None, read_manifest(path)["step"], 0)
+        return Start()
+    for folder in reversed(run_folders(_project(config))):
+        record = read_record(folder) or {"exit_code": DONE, "max_train_steps": config.train.max_train_steps}
+        if record.get("exit_code") != DONE or record.get("max_train_steps", 0) < config.train.max_train_steps:
+            return _continued(folder)
+    return Start()
+
+
+def _continued(folder: Path) -> Start:
+    found = list_checkpoints(folder)
+    step = 0
+    with suppress(OSError, ValueError, IndexError):
+        step = read_manifest(found[-1])["step"]
+    return Start(folder if folder.is_dir() else None, step, len(found))
+
+
+def _project(config: Config) -> Path:
+    return Path(config.logging.output_dir) / config.logging.tracker_project_name
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or the nearest above it that is there."""
+    folder = folder.absolute()
+    return next((each for each in (folder, *folder.parents) if os.path.exists(each)), Path("/"))
+
+
+def _unwritable(key: str, folder: Path) -> str | None:
+    """Why nothing can be written to ``folder``, which is made where it is missing; None when it can."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = atomic.temp_path(folder / "probe")
+        probe.mkdir()
+        probe.rmdir()
+    except OSError as error:
+        if atomic.is_no_space(error):
+            raise
+        return f"{key}: cannot write to {folder} ({error.strerror}); name a folder you may write to"
+    return None

@@ -1,0 +1,144 @@
+"""Whole folders of strangers: checkpoints with a manifest that fits them, and data sets of the hub's forms."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from faults.hostile import entry, headers, linked, pickles, tensors, trees
+from faults.hostile_slots import CONVERT, DATA, HEADER, Base, Case
+
+from qflux.io.digests import canonical_json, xxh3
+
+ADAPTER = "pytorch_lora_weights.safetensors"
+Files = Mapping[str, bytes | str]  # a word stands for the pickle of that kind
+
+
+def _bytes(files: Files | None, base: Base) -> dict[str, bytes]:
+    known = pickles(base.canary)
+    return {name: known[data] if isinstance(data, str) else data for name, data in (files or {}).items()}
+
+
+def signed(folder: Path, changes: Mapping[str, Any]) -> None:
+    """Write the manifest anew, so that every size and digest fits; ``changes`` replace its keys."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    files = {name: {"size": (folder / name).stat().st_size, "xxh3": xxh3(folder / name)} for name in sorted(names)}
+    files.pop("manifest.json")
+    (folder / "manifest.json").unlink()
+    made = {**manifest, "files": files, **changes}
+    made.pop("xxh3", None)
+    made["xxh3"] = xxh3(canonical_json(made).encode())
+    (folder / "manifest.json").write_text(json.dumps(made))
+
+
+def _checkpoint(
+    files: Files | None = None,
+    links: Mapping[str, str] | None = None,
+    manifest: Mapping[str, Any] | None = None,
+) -> Callable[[Path, Base], list[object]]:
+    def make(folder: Path, base: Base) -> list[object]:
+        bad = _bytes(files, base)
+        place = linked(base.checkpoint, folder / base.checkpoint.name, {**bad, **dict.fromkeys(links or {})})
+        (folder / "private").write_bytes(b"private")
+        for name, target in (links or {}).items():
+            (place / name).symlink_to(target)
+        if "manifest.json" not in bad:
+            signed(place, manifest or {})
+        return ["--resume", place]
+
+    return make
+
+
+def checkpoints() -> Iterator[Case]:
+    """A checkpoint to go on from."""
+
+    def case(name: str, found: str, *args: Any, **kwargs: Any) -> Case:
+        return Case(f"checkpoint-{name}", _checkpoint(*args, **kwargs), found, [])
+
+    size = {"size": 7, "xxh3": xxh3(b"private")}
+    for name in ("../private", "/etc/hostname", "x/../../private", "..", "", "./../private"):
+        yield case(f"lists-{name.replace('/', '_')}", "outside the checkpoint", manifest={"files": {name: size}})
+    yield case("link-out", "link out of the checkpoint", links={"extra.json": "../private"})
+    yield case("link-for-weights", "link out of the checkpoint", links={ADAPTER: "../private"})
+    for name, data in trees().items():
+        yield case(f"manifest-{name}", r"manifest\.json", {"manifest.json": data})
+        yield case(f"state-{name}", r"state\.json", {"state.json": data})
+        if name not in ("list", "text"):
+            yield case(f"optimizer-{name}", r"optimizer\.json", {"optimizer.json": data})
+    for key, value in (("files", []), ("files", {"a": 5}), ("files", {"a": {"size": "x", "xxh3": []}}), ("step", "os.system"),
+                       ("step", -1), ("identity", [1]), ("identity", None), ("files", None)):  # fmt: skip
+        yield case(f"{key}-{json.dumps(value)}", r"manifest\.json", manifest={key: value})
+    for kind in ("framed", "torch"):
+        yield case(f"adapter-{kind}", CONVERT, {ADAPTER: kind})
+        yield case(f"optimizer-{kind}", CONVERT, {"optimizer.safetensors": kind})
+    for kind in ("overlap", "deep", "negative-side", "many-lists", "gap", "twice"):
+        yield case(f"adapter-{kind}", HEADER, {ADAPTER: headers()[kind]})
+        yield case(f"optimizer-{kind}", HEADER, {"optimizer.safetensors": headers()[kind]})
+    yield case("adapter-other", "0 of", {ADAPTER: tensors({"a": entry()})})
+    lost = b'{"dict": [["state", {"dict": [[0, {"dict": [["exp_avg", {"tensor": "x"}]]}]]}], ["param_groups", []]]}'
+    yield case("optimizer-lost-tensor", r"optimizer\.json", {"optimizer.json": lost})
+    for name, data in (("kind", b'{"call": "os.system"}'), ("bits", b'{"float": "zz"}'), ("two", b'{"a": 1, "b": 2}')):
+        yield case(f"optimizer-{name}", r"optimizer\.json", {"optimizer.json": data})
+
+
+def hubs() -> Iterator[Case]:
+    """Folders of ``save_to_disk`` and of parquet files."""
+
+    def case(
+        name: str, found: str, form: str, files: Files | None = None, links: Mapping[str, str] | None = None
+    ) -> Case:
+        def make(folder: Path, base: Base) -> list[object]:
+            source = base.saved if form == "saved" else base.parquet
+            place = linked(source, folder / "set", {**_bytes(files, base), **dict.fromkeys(links or {})})
+            linked(source, folder / "elsewhere", {})
+            for key, target in (links or {}).items():
+                (place / key).symlink_to(target)
+            return [f"{DATA}={place}"]
+
+        return Case(f"hub-{form}-{name}", make, found)
+
+    arrow, table = "data-00000-of-00001.arrow", "train-00000-of-00001.parquet"
+    for name in (f"../elsewhere/{arrow}", "/etc/hostname", "../../../../etc/hostname"):
+        state = json.dumps({"_data_files": [{"filename": name}]}).encode()
+        yield case(f"names-{name.replace('/', '_')}", "expected files inside it", "saved", {"state.json": state})
+        listed = json.dumps({"splits": [name]}).encode()
+        yield case(f"splits-{name.replace('/', '_')}", "expected files inside it", "saved", {"dataset_dict.json": listed})
+    yield case("link", "expected files inside it", "saved", links={arrow: f"../elsewhere/{arrow}"})
+    yield case("pickle", "cannot be opened", "saved", {arrow: "framed"})
+    for name, data in trees().items():
+        if name != "nan":
+            yield case(f"state-{name}", "cannot be opened", "saved", {"state.json": data})
+    for kind in ("framed", "torch", "npy"):
+        yield case(f"pickle-{kind}", "cannot be opened", "parquet", {table: kind})
+    yield case("link", "link out of the data set", "parquet", links={table: f"../elsewhere/{table}"})
+    packed = {f"train-{number}.tar": archive() for number in range(4)}
+    yield case("tar", "is a data set of the kind|cannot be opened", "parquet", packed)
+    yield case("row-outside", "outside of the data set", "parquet", {table: rows("/etc/hostname")})
+    yield case("row-climbs", "outside of the data set", "parquet", {table: rows("../elsewhere/a.png")})
+
+
+def archive() -> bytes:
+    """A tar whose members a reader of web data sets would unpickle, and one that climbs."""
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w") as tar:
+        for name in ("0.pth", "0.png", "../../climbs.txt"):
+            info = tarfile.TarInfo(name)
+            info.size = 10
+            tar.addfile(info, io.BytesIO(b"0123456789"))
+    return stream.getvalue()
+
+
+def rows(path: str) -> bytes:
+    """A parquet file with one row whose picture is a path."""
+    import pyarrow
+    import pyarrow.parquet
+
+    table = pyarrow.table({"target_image": [{"bytes": None, "path": path}], "prompt": ["x"]})
+    stream = io.BytesIO()
+    pyarrow.parquet.write_table(table, stream)
+    return stream.getvalue()

@@ -1,0 +1,194 @@
+"""A disk that is too small is refused before step 1; one that fills up later ends the run with 74 and costs nothing."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from faults.forked import LARGE, Ended, Forked, Runs
+from faults.remains import RUNS, assert_readable, assert_swept, compare_runs
+from tiny_project import Data, Project, column, differing, record
+
+from qflux.io import atomic
+from qflux.tools import disk_need
+from qflux.tools.disk_need import Part, shortages
+
+GROWTH = ("logging.report_to=tensorboard",)
+
+# (point that is reached, at which arrival the disk fills up, bytes that are left then, more words)
+OFFSETS: list[tuple[str, int, int, tuple[str, ...]]] = [
+    ("entry.before", 1, 0, ()),
+    ("entry.before", 8, 4096, ()),
+    ("entry.before", 14, 12288, ()),
+    ("entry.before", 17, 0, ()),
+    ("record.before", 1, 0, ()),
+    ("metrics.before", 1, 0, ()),
+    ("metrics.before", 3, 0, ()),
+    ("metrics.after", 2, 0, GROWTH),
+    ("metrics.after", 4, 12288, GROWTH),
+    ("sample.before", 1, 0, ()),
+    ("sample.before", 2, 8192, ()),
+    ("sample.before", 2, 16384, ()),
+    ("optimizer_step.after", 2, 65536, ()),
+    ("optimizer_step.after", 2, 94208, ()),
+    ("optimizer_step.after", 2, 131072, ()),
+    ("manifest.before", 1, 0, ()),
+    ("manifest.before", 2, 0, ()),
+    ("publish.after", 1, 0, ()),
+    ("rotation.after", 2, 0, ()),
+    ("rotation.after", 2, 65536, ()),
+]
+
+
+def fill_up(disk: str, point: str, arrival: int, left: int) -> None:
+    """At that point somebody else takes the disk, all but ``left`` bytes."""
+    from qflux.io import faults
+
+    def full(kind: str) -> None:
+        found = os.statvfs(disk)
+        with open(Path(disk, "ballast"), "wb") as file:
+            os.posix_fallocate(file.fileno(), 0, found.f_bavail * found.f_frsize - left)
+
+    faults._hurt = full
+    os.environ[faults.FAULT] = f"{point}:{arrival}"
+
+
+@pytest.fixture(scope="module")
+def disks(forked: Forked, tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, tiny_data: Data) -> Runs:
+    if not forked.private:
+        pytest.skip("this machine does not let a test mount a small disk (unshare -rm, mount -t tmpfs)")
+    folder = tmp_path_factory.mktemp("disks")
+    project = Project(folder, tiny_model, tiny_data, folder / "cache", None)  # type: ignore[arg-type]
+    steps = ["train.max_train_steps=4", "train.checkpointing_steps=2"]
+    return Runs(forked, folder, ["--config", project.config, *project.validating(2), *steps])
+
+
+def errors(ended: Ended) -> list[str]:
+    """What a run that ended with 74 said of it."""
+    return [line for line in ended.said.splitlines() if "no space left" in line and not line.startswith("tracker")]
+
+
+@pytest.mark.parametrize("offset", OFFSETS, ids=[f"{o[0]}-{o[1]}-{o[2]}" for o in OFFSETS])
+def test_a_disk_that_fills_up(disks: Runs, offset: tuple[str, int, int, tuple[str, ...]]) -> None:
+    point, *_, words = offset
+    disk = disks.new("-".join(map(str, offset[:3])), cached=point != "entry.before")
+    ended = disks.run(disk, *words, prepare=fill_up, args=[disk, *offset[:3]])
+    seen = disks.seen(disk)
+    assert (seen / "ballast").is_file(), f"the point was never reached: {ended}"
+    assert ended.code == 74, ended.said
+    assert "Traceback" not in ended.said
+    assert any(re.search(r"/\S+: no space left on the disk: needs .+, free \d+", line) for line in errors(ended))
+    assert_readable(seen)
+    run = seen / RUNS / "v1"
+    free = os.statvfs(seen).f_bavail * os.statvfs(seen).f_frsize
+    if (run / "run.json").is_file():
+        assert record(run)["exit_code"] == (74 if free >= 4096 else None)
+        assert free < 4096 or "no space left" in record(run)["reason"]
+    assert not list(seen.rglob(f"{atomic.TEMP_PREFIX}*")), "a failed write leaves nothing"
+    disks.forked.command("rm", disk / "ballast")
+    again = disks.run(disk, *words, "--resume", "auto")
+    assert again.code == 0, again.said
+    assert_readable(seen)
+    assert_swept(seen)
+    if words:
+        straight = disks.seen(disks.straight) / RUNS / "v1"
+        assert column(run, "loss") == column(straight, "loss")
+        assert differing(run / "checkpoint-000004", straight / "checkpoint-000004") == []
+    else:
+        compare_runs(seen, disks.seen(disks.straight))
+    assert [path.name for path in (seen / RUNS).iterdir()] == ["v1"]
+
+
+def test_a_disk_without_room_for_another_file(disks: Runs) -> None:
+    """Folders, locks and empty files take room too, and a library may be the first to ask for it."""
+    disk = disks.folder / "inodes"
+    disks.forked.mount(disk, LARGE, "nr_inodes=26")
+    ended = disks.run(disk)
+    assert ended.code == 74, ended.said
+    assert "Traceback" not in ended.said
+    assert_readable(disks.seen(disk))
+
+
+@pytest.mark.parametrize(
+    ("words", "size", "said"),
+    [
+        ((), 400 << 10, r"disk: \S+/tiny and \S+/cache: needs .+ \(.*cache .+ KiB, 2 checkpoints .+ KiB.*\), free"),
+        (("--cache",), 100 << 10, r"disk: \S+/cache: needs .+ \(cache .+\), free .+; set cache\.cache_dir"),
+        (
+            ("logging.validation.steps=null", "train.checkpointing_steps=1", "train.checkpoints_total_limit=null",
+             "train.max_train_steps=200"), 2 << 20,
+            r"\(200 checkpoints .+; set train\.checkpoints_total_limit",
+        ),
+    ],
+    ids=["run", "cache", "checkpoints"],
+)  # fmt: skip
+def test_a_disk_that_is_too_small_is_refused(disks: Runs, words: tuple[str, ...], size: int, said: str) -> None:
+    disk = disks.new(f"small-{size}", size, cached=False)
+    ended = disks.run(disk, *words)
+    assert ended.code == 74, ended.said
+    (line,) = [line for line in ended.said.splitlines() if line.startswith("disk:")]
+    assert re.search(said, line), line
+    assert "LoRA on" not in ended.said
+    assert "caching" not in ended.said
+    assert not (disks.seen(disk) / "runs").exists()
+
+
+def test_what_is_there_is_not_needed_again(disks: Runs) -> None:
+    """A run that just fitted is resumed on a disk on which a new one would not begin."""
+    disk = disks.new("resumed")
+    few = ["logging.validation.steps=null", "train.checkpointing_steps=1", "train.checkpoints_total_limit=4"]
+    assert disks.run(disk, *few).code == 0
+    disks.forked.command("sh", "-c", f"rm {disk}/runs/tiny/v1/report.html")
+    free = 600 << 10
+    room = os.statvfs(disks.seen(disk))
+    disks.forked.command("fallocate", "-l", room.f_bavail * room.f_frsize - free, disk / "ballast")
+    refused = disks.run(disk, *few, "train.max_train_steps=400", "logging.logging_steps=100")
+    assert refused.code == 74, refused.said
+    assert "4 checkpoints" in refused.said or "5 checkpoints" in refused.said
+    assert "cache" not in [line for line in refused.said.splitlines() if line.startswith("disk:")][0].partition("(")[2]
+    resumed = disks.run(disk, *few, "train.max_train_steps=6", "logging.logging_steps=100", "--resume", "auto")
+    assert resumed.code == 0, resumed.said
+
+
+@dataclass(frozen=True)
+class Usage:
+    free: int
+
+
+@dataclass(frozen=True)
+class Device:
+    st_dev: int
+
+
+def a_part(name: str, folder: Path, amount: int) -> Part:
+    return Part(name, folder, amount, f"less {name}")
+
+
+def test_each_disk_is_judged_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    free = {"one": 100, "two": 50}
+    monkeypatch.setattr(disk_need.shutil, "disk_usage", lambda path: Usage(free[path.name]))
+    stat = os.stat
+    devices = {"one": 1, "two": 2}
+    for name in free:
+        (tmp_path / name).mkdir()
+
+    def device(path: Any, *args: Any, **kwargs: Any) -> Any:
+        name = Path(path).name
+        return Device(devices[name]) if name in devices else stat(path, *args, **kwargs)
+
+    monkeypatch.setattr(disk_need.os, "stat", device)
+    parts = [a_part("cache", tmp_path / "one", 80), a_part("checkpoints", tmp_path / "two" / "new" / "run", 40)]
+    assert shortages(parts) == []
+    parts.append(a_part("samples", tmp_path / "two" / "other", 20))
+    assert shortages(parts) == [
+        f"disk: {tmp_path}/two/new/run and {tmp_path}/two/other: needs 60 B (checkpoints 40 B, samples 20 B), free 50 B; "
+        "less checkpoints"
+    ]
+    devices["two"] = 1
+    free["two"] = 100
+    (line,) = shortages(parts)
+    assert "needs 140 B (cache 80 B, checkpoints 40 B, samples 20 B), free 100 B; less cache" in line

@@ -1,0 +1,368 @@
+"""Values that are not finite, planted anywhere: no weight moves, the step and its samples are named, none is saved."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import two_processes
+from tiny_project import Project, checkpoint, column, on_call, record
+
+from qflux.errors import RunStopped
+from qflux.io.tensors import load_tensors
+from qflux.models.schedules import Schedule
+from qflux.parallel.placement import Placement
+from qflux.runtime.checkpoint import list_checkpoints, verify_checkpoint
+from qflux.trainer import finite, loop
+from qflux.trainer.base_trainer import BaseTrainer
+from qflux.trainer.encoding import SampleReader
+from qflux.trainer.finite import FiniteWatch
+from qflux.trainer.flux_kontext_trainer import FluxKontextTrainer
+from qflux.types import Batch, EncodedSample
+
+BAD = {"nan": math.nan, "inf": math.inf}
+NAMED = r"step (\d+): loss or gradient is not finite, its update was left out; samples (.+)"
+EACH = ("train.checkpointing_steps=1", "data.num_workers=0")
+SETUPS = {
+    "lora": [],
+    "full": ["model.lora=null", "train.optimizer.lr=1e-4"],
+    "ema": ["train.ema={decay: 0.9}"],
+    "accumulation": ["train.gradient_accumulation_steps=4", "data.batch_size=1"],
+    "fp16": ["train.mixed_precision=fp16"],
+    "full-bf16-ema": ["model.lora=null", "train.optimizer.lr=1e-4", "train.mixed_precision=bf16", "train.ema={}"],
+    "schedule-free": ["train.optimizer={name: adamw_schedule_free, lr: 1e-3}"],
+    "8-bit": ["train.optimizer={name: adamw8bit, lr: 1e-3}", "model.lora.r=128"],
+}
+
+
+def changed(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, change: Callable[..., Any]) -> None:
+    """``owner.name`` gives what ``change(number of the call, its first argument, what it gave)`` makes of it."""
+    original, calls = getattr(owner, name), [0]
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        calls[0] += 1
+        number = calls[0]
+        return change(number, args[0], original(*args, **kwargs))
+
+    monkeypatch.setattr(owner, name, wrapped)
+
+
+def spoil(tensor: torch.Tensor, value: float) -> torch.Tensor:
+    """A copy with one bad number."""
+    tensor = tensor.detach().clone(memory_format=torch.contiguous_format)
+    tensor.view(-1)[tensor.numel() // 2] = value
+    return tensor
+
+
+def plant(monkeypatch: pytest.MonkeyPatch, place: str, value: float, call: int) -> None:
+    """A bad number at one micro-batch, sample or step: the ``call``-th, from 1."""
+
+    def latents(number: int, _: Any, sample: EncodedSample) -> EncodedSample:
+        if number == call and sample.target is not None:
+            sample.target = spoil(sample.target, value)
+        return sample
+
+    def text(number: int, _: Any, sample: EncodedSample) -> EncodedSample:
+        if number == call:
+            sample.text = {name: spoil(tensor, value) for name, tensor in sample.text.items()}
+        return sample
+
+    def loss(number: int, _: Any, losses: torch.Tensor) -> torch.Tensor:
+        return losses * value if number == call else losses
+
+    def rate(number: int, schedule: Any, _: None) -> None:
+        for group in schedule._optimizer.param_groups if number == call - 1 else ():
+            group["lr"] = value
+
+    if place == "gradient":
+        spoil_gradient(monkeypatch, value, call)
+        return
+    table: dict[str, tuple[Any, str, Callable[..., Any]]] = {
+        "latents": (SampleReader, "read", latents),
+        "text": (SampleReader, "read", text),
+        "loss": (BaseTrainer, "step", loss),
+        "rate": (Schedule, "tick", rate),
+    }
+    changed(monkeypatch, *table[place])
+
+
+def spoil_gradient(monkeypatch: pytest.MonkeyPatch, value: float, call: int) -> None:
+    """One bad number in a parameter's gradient on the way back, before processes share it."""
+    original, calls = Placement.backward, [0]
+
+    def backward(self: Any, loss: torch.Tensor) -> None:
+        calls[0] += 1
+        param = next(param for param in self._model.parameters() if param.requires_grad)
+        hook = param.register_hook(lambda grad: spoil(grad, value) if calls[0] == call else grad)
+        original(self, loss)
+        hook.remove()
+
+    monkeypatch.setattr(Placement, "backward", backward)
+
+
+def spoil_weights(run: Any, value: float) -> None:
+    """One bad number in the first trained parameter."""
+    param = next(iter(run.weights.params.values()))
+    param.data = spoil(param, value)
+
+
+def runs_made(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The runs that are built from now on."""
+    made: list[Any] = []
+
+    def note(_: int, __: Any, run: Any) -> Any:
+        made.append(run)
+        return run
+
+    changed(monkeypatch, loop, "build_run", note)
+    return made
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint but the averages, which a step without an update moves too."""
+    return {
+        f"{file.relative_to(folder)}: {name}": tensor
+        for file in sorted(folder.rglob("*.safetensors"))
+        if not str(file.relative_to(folder)).startswith("ema")
+        for name, tensor in load_tensors(file).items()
+    }
+
+
+def moved(run: Path, first: int, second: int) -> list[str]:
+    """Names of tensors in which two checkpoints differ, those that only one has among them."""
+    one, two = tensors(checkpoint(run, first)), tensors(checkpoint(run, second))
+    shared = sorted(one.keys() & two.keys())
+    return sorted(one.keys() ^ two.keys()) + [name for name in shared if not torch.equal(one[name], two[name])]
+
+
+def non_finite(folder: Path) -> list[str]:
+    """Every tensor with a value that is not finite in any safetensors file under a folder."""
+    files = sorted(folder.rglob("*.safetensors"))
+    assert files, "nothing was written"
+    return [
+        f"{file}: {name}"
+        for file in files
+        for name, tensor in load_tensors(file).items()
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all())
+    ]
+
+
+def named(out: str) -> dict[int, list[str]]:
+    """Step → samples of the lines that tell of steps left out."""
+    return {int(step): names.split(", ") for step, names in re.findall(NAMED, out)}
+
+
+CASES = [
+    *((place, value, "lora") for place in ("latents", "text", "loss", "gradient", "rate") for value in BAD),
+    *((place, "nan", setup) for place in ("loss", "gradient") for setup in SETUPS if setup != "lora"),
+    *(("rate", "inf", setup) for setup in ("full", "schedule-free", "8-bit")),
+]
+
+
+@pytest.mark.parametrize(("place", "value", "setup"), CASES, ids=["-".join(case) for case in CASES])
+def test_no_weight_moves(project: Project, monkeypatch: pytest.MonkeyPatch, place: str, value: str, setup: str) -> None:
+    """Step 2 of 4 is bad, in one of its samples or micro-batches where it has several."""
+    micros = 4 if setup == "accumulation" else 1
+    call = {"latents": 4, "text": 4, "rate": 2}.get(place, micros + (micros + 1) // 2)
+    plant(monkeypatch, place, BAD[value], call)
+    done = project.run(*EACH, *SETUPS[setup])
+    assert done.code == 0, done.err
+    run = project.newest()
+    assert moved(run, 1, 2) == [], "weights and optimizer are those of step 1, bit for bit"
+    assert moved(run, 2, 3)
+    assert moved(run, 3, 4)
+    assert column(run, "skipped") == [0, 1, 0, 0]
+    assert list(named(done.out)) == [2]
+    assert len(named(done.out)[2]) == (4 if micros == 4 else 2)
+    assert non_finite(run) == []
+    assert all(verify_checkpoint(path) == [] for path in list_checkpoints(run))
+
+
+def test_the_bad_sample_is_among_those_named(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    bad = 5
+
+    def latents(reader: Any, epoch: int, index: int) -> EncodedSample:
+        sample = original(reader, epoch, index)
+        if index == bad and sample.target is not None:
+            sample.target = spoil(sample.target, math.nan)
+        return sample
+
+    original = SampleReader.read
+    monkeypatch.setattr(SampleReader, "read", latents)
+    done = project.run("train.max_train_steps=6")
+    assert done.code == 0
+    ((_, names),) = named(done.out).items()
+    assert f"{bad:05d}" in names
+    assert (project.data.square / "training_images" / f"{names[0]}.png").is_file()
+
+
+@pytest.mark.parametrize("checked", ["loop", "watch"])
+def test_named_at_most_one_step_later(project: Project, monkeypatch: pytest.MonkeyPatch, checked: str) -> None:
+    """In the loop, and for a flag that comes from a device and is read when the next one is put."""
+    if checked == "watch":
+        told: list[str] = []
+        monkeypatch.setattr(finite, "say", lambda text, everywhere: told.append(text))
+        watch = FiniteWatch(3, str)
+        batch = Batch(torch.zeros(1), [], {}, None, None, (7,), (0,))  # type: ignore[arg-type]
+        watch.put(torch.tensor(False), 1, [batch])
+        assert told == [], "no step waits for its own flag"
+        watch.put(torch.tensor(True), 2, [batch])
+        assert [line.split(":")[0] for line in told] == ["step 1"]
+        return
+    plant(monkeypatch, "loss", math.nan, 2)
+    begun = on_call(monkeypatch, loop, "optimizer_step", 0, lambda: None)
+    when: list[int] = []
+    monkeypatch.setattr(finite, "say", lambda text, everywhere: when.append(len(begun)))
+    assert project.run("train.checkpointing_steps=100").code == 0
+    assert when == [3], "step 2 is named when step 3 has been made"
+
+
+@pytest.mark.parametrize("limit", [0, 1, 3])
+def test_the_policy(limit: int) -> None:
+    """As many steps in a row as allowed pass, a good one begins anew; 0 stops at the first."""
+    batch = Batch(torch.zeros(1), [], {}, None, None, (0,), (0,))  # type: ignore[arg-type]
+    watch = FiniteWatch(limit, str)
+    for step, flag in enumerate([*([False] * limit), True] * 2):
+        watch.put(torch.tensor(flag), step, [batch])
+    for _ in range(limit + 1):
+        watch.put(torch.tensor(False), 99, [batch])
+    with pytest.raises(RunStopped, match=rf"train.max_skipped_steps: {limit + 1} steps in a row .* allowed {limit}"):
+        watch.check()
+    assert RunStopped.exit_code == 3
+
+
+@pytest.mark.parametrize("setup", ["lora", "full-bf16-ema", "schedule-free"])
+@pytest.mark.parametrize("value", BAD)
+def test_bad_weights_are_never_saved(project: Project, monkeypatch: pytest.MonkeyPatch, value: str, setup: str) -> None:
+    """They go bad just before a save: the run stops, the checkpoint before stands, and the run goes on from there."""
+    made = runs_made(monkeypatch)
+    with monkeypatch.context() as patch:
+        on_call(patch, loop, "collect", 3, lambda: spoil_weights(made[0], BAD[value]))
+        done = project.run(*EACH, *SETUPS[setup])
+    assert done.code == 3
+    assert len(done.err.splitlines()) == 1, done.err
+    assert "step 3: " in done.err
+    assert "not finite" in done.err
+    run = project.newest()
+    assert record(run)["exit_code"] == 3
+    assert [path.name for path in list_checkpoints(run)] == ["checkpoint-000001", "checkpoint-000002"]
+    assert non_finite(run) == []
+    again = project.run(*EACH, *SETUPS[setup], "--resume", "auto")
+    assert again.code == 0
+    assert non_finite(run) == []
+    straight = project.train(*EACH, *SETUPS[setup], name="straight")
+    one, two = tensors(checkpoint(run, 4)), tensors(checkpoint(straight, 4))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_weights_that_went_bad_end_the_run(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From then on no step is finite: as many as allowed are tried, and the last checkpoint is from before."""
+    made = runs_made(monkeypatch)
+    on_call(monkeypatch, loop, "optimizer_step", 3, lambda: spoil_weights(made[0], math.nan))
+    words = ["train.max_train_steps=20", "train.checkpointing_steps=2", "train.max_skipped_steps=1"]
+    done = project.run(*words)
+    assert done.code == 3
+    assert list(named(done.out)) == [3, 4]
+    run = project.newest()
+    assert [path.name for path in list_checkpoints(run)] == ["checkpoint-000002"]
+    assert non_finite(run) == []
+
+
+def test_a_rate_that_overflows_the_weights(project: Project) -> None:
+    """Finite everywhere but in the result of the update."""
+    done = project.run("train.optimizer.lr=1e37", "train.checkpointing_steps=1", "train.max_skipped_steps=1")
+    assert done.code == 3
+    assert "not finite" in done.err
+    run = project.newest()
+    assert all(verify_checkpoint(path) == [] for path in list_checkpoints(run))
+    assert not list(run.rglob("*.safetensors")) or non_finite(run) == []
+
+
+@pytest.mark.parametrize("value", BAD)
+@pytest.mark.parametrize("kind", ["latents", "text"])
+def test_refused_at_the_cache_write(project: Project, monkeypatch: pytest.MonkeyPatch, kind: str, value: str) -> None:
+    """One sample gives a bad number: it is named, the others are kept, and only it is encoded when it is well again."""
+    own = project.root / "own"
+
+    def encode(number: int, _: Any, encoded: EncodedSample) -> EncodedSample:
+        if kind == "latents" and encoded.target is not None and number == 5:
+            encoded.target = spoil(encoded.target, BAD[value])
+        if kind == "text" and encoded.text:
+            texts[0] += 1
+            if texts[0] == 1:
+                encoded.text = {name: spoil(tensor, BAD[value]) for name, tensor in encoded.text.items()}
+        return encoded
+
+    texts = [0]
+    with monkeypatch.context() as patch:
+        changed(patch, FluxKontextTrainer, "encode", encode)
+        done = project.run(f"cache.cache_dir={own}")
+    assert done.code == 2
+    lines = done.err.splitlines()
+    assert all(re.match(r"sample '\d{5}': stage \w+ gave 1 non-finite of \d+ values in ", line) for line in lines), (
+        lines
+    )
+    (name,) = {line.split("'")[1] for line in lines}
+    assert (project.data.square / "training_images" / f"{name}.png").is_file()
+    assert non_finite(own) == []
+    assert record(project.newest())["exit_code"] == 2
+    again = project.run(f"cache.cache_dir={own}")
+    assert again.code == 0
+    assert re.search(r"cache: \d+ reused, 1 encoded, 0 repaired", again.out), again.out
+    assert non_finite(own) == []
+
+
+@pytest.mark.parametrize("piece", ["mask", "refusal"])
+def test_without_the_guard_bad_values_are_seen(project: Project, monkeypatch: pytest.MonkeyPatch, piece: str) -> None:
+    """The tests above are worth something: without the mask, or the look before a save, they see it."""
+    original = Placement.step
+    always = torch.tensor(True)
+    monkeypatch.setattr(Placement, "step", lambda self, optimizer, params, _: original(self, optimizer, params, always))
+    if piece == "refusal":
+        monkeypatch.setattr(loop, "refuse_non_finite", lambda *_: None)
+    plant(monkeypatch, "gradient", math.nan, 2)
+    done = project.run(*EACH, *SETUPS["full"])
+    assert done.code == (3 if piece == "mask" else 0)
+    run = project.newest()
+    if piece == "mask":
+        assert "step 2: " in done.err
+        assert non_finite(run) == []
+    else:
+        assert moved(run, 1, 2)
+        assert non_finite(run)
+
+
+def _plant_on_one(rank: int, config: str, name: str) -> dict[str, Any]:
+    """A whole run of two processes; the second one's loss is bad in step 2, its gradient in step 4."""
+    from qflux.main import main
+
+    if rank == 1:
+        patch = pytest.MonkeyPatch()
+        plant(patch, "loss", math.nan, 2)
+        plant(patch, "gradient", math.inf, 4)
+    words = ["--config", config, *EACH, "train.max_train_steps=5", "train.checkpoints_total_limit=null"]
+    return {"code": main([*words, f"logging.tracker_project_name={name}"])}
+
+
+def test_one_of_two_processes(project: Project, tmp_path: Path) -> None:
+    """Both leave the same steps out, whichever found it, and stay equal."""
+    codes = two_processes.run(_plant_on_one, project.config, "two", folder=tmp_path, join=False, deadline=120)
+    assert [done["code"] for done in codes] == [0, 0], two_processes.said(tmp_path)
+    run = project.newest("two")
+    assert [moved(run, step, step + 1) == [] for step in range(1, 5)] == [True, False, True, False]
+    assert column(run, "skipped") == [0, 1, 0, 1, 0]
+    assert non_finite(run) == []
+    assert list(named(two_processes.said(tmp_path))) == [2, 4]
+    assert list(named(two_processes.said(tmp_path, 1))) == [2, 4]
+
+
+def test_the_scan_sees_what_it_should(tmp_path: Path) -> None:
+    from qflux.io.tensors import save_tensors
+
+    save_tensors(tmp_path / "a.safetensors", {"good": torch.ones(3), "bad": torch.tensor([1.0, math.nan])})
+    assert [line.split(": ")[1] for line in non_finite(tmp_path)] == ["bad"]

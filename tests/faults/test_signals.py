@@ -1,0 +1,90 @@
+"""SIGTERM and SIGINT in eight phases: the run ends soon, says so, loses nothing, and goes on from there."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from faults.forked import Forked, Runs
+from faults.remains import RUNS, assert_readable
+from tiny_project import Data, Project, checkpoint, differing, metrics, on_call, record
+
+from qflux.runtime.checkpoint import list_checkpoints, verify_checkpoint
+
+SECONDS = 20  # that a stop may take on a busy machine; it takes well under one where there is time to look
+
+# phase → (module, owner in it, name of what is called, the call at which the signal comes, the step the run ends at)
+PHASES: dict[str, tuple[str, str, str, int, int | None]] = {
+    "check": ("qflux.main", "", "scan_all", 1, None),
+    "caching": ("qflux.trainer.flux_kontext_trainer", "FluxKontextTrainer", "encode", 5, 0),
+    "loading": ("qflux.trainer.setup", "", "make_weights", 1, 0),
+    "held-out": ("qflux.validation.held_out", "HeldOut", "measure", 1, 0),
+    "first-step": ("qflux.trainer.base_trainer", "BaseTrainer", "step", 1, 1),
+    "mid-step": ("qflux.trainer.base_trainer", "BaseTrainer", "step", 6, 3),
+    "sampling": ("diffusers", "FluxKontextPipeline", "__call__", 2, 2),
+    "saving": ("qflux.trainer.state", "Files", "write", 1, 2),
+}
+
+
+def interrupt(module: str, owner: str, name: str, call: int, number: int, note: str) -> None:
+    """Just before that call the process gets the signal; the time goes into the file ``note``."""
+    place = importlib.import_module(module)
+
+    def send() -> None:
+        Path(note).write_text(repr(time.time()))
+        os.kill(os.getpid(), number)
+
+    on_call(pytest.MonkeyPatch(), getattr(place, owner) if owner else place, name, call, send)
+
+
+@pytest.fixture(scope="module")
+def runs(forked: Forked, tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, tiny_data: Data) -> Runs:
+    folder = tmp_path_factory.mktemp("signals")
+    project = Project(folder, tiny_model, tiny_data, folder / "cache", None)  # type: ignore[arg-type]
+    words = [*project.mixed(), *project.validating(2), "train.max_train_steps=6", "train.checkpointing_steps=2"]
+    return Runs(forked, folder, ["--config", project.config, *words, "data.batch_size=4", "data.shape_window=12"])
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["term", "int"])
+@pytest.mark.parametrize("phase", PHASES)
+def test_stop_in_a_phase(runs: Runs, tmp_path: Path, phase: str, number: int) -> None:
+    *place, step = PHASES[phase]
+    disk, note = runs.new(f"{phase}-{number}", cached=phase != "caching"), tmp_path / "sent"
+    ended = runs.run(disk, prepare=interrupt, args=[*place, int(number), note])
+    assert note.is_file(), "the signal was never sent"
+    assert ended.code == 128 + number, ended.said
+    assert ended.when - float(note.read_text()) < SECONDS
+    assert "Traceback" not in ended.said
+    assert "interrupted" in ended.said
+    run = runs.seen(disk) / RUNS / "v1"
+    if step is None:
+        assert not run.exists(), "nothing was begun"
+        return
+    assert_readable(runs.seen(disk))
+    told = record(run)
+    assert (told["exit_code"], told["step"]) == (128 + number, step)
+    assert "interrupted" in told["reason"]
+    saved = list_checkpoints(run)
+    assert [verify_checkpoint(path) for path in saved[-1:]] == [[]] * bool(step)
+    assert not step or int(saved[-1].name[-6:]) == step
+    again = runs.run(disk, "--resume", "auto")
+    assert again.code == 0, again.said
+    straight = runs.seen(runs.straight) / RUNS / "v1"
+    assert differing(checkpoint(run, 6), checkpoint(straight, 6)) == []
+    assert metrics(run) == metrics(straight)
+    assert [path.name for path in run.parent.iterdir()] == ["v1"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["term", "int"])
+def test_a_signal_after_the_last_step_changes_nothing(runs: Runs, tmp_path: Path, number: int) -> None:
+    disk, note = runs.new(f"report-{number}"), tmp_path / "sent"
+    place = ("qflux.trainer.loop", "", "write_report", 1)
+    ended = runs.run(disk, prepare=interrupt, args=[*place, int(number), note])
+    assert note.is_file()
+    run = runs.seen(disk) / RUNS / "v1"
+    assert (ended.code, record(run)["exit_code"], record(run)["step"]) == (0, 0, 6)
+    assert (run / "report.html").is_file()
