@@ -160,11 +160,15 @@ def trees() -> dict[str, bytes]:
     }
 
 
+WATCHED: dict[str, str] = {}
+
+
 def watch(result: str) -> None:
     """In a child: measure ``qflux.main.run``: the memory above what it began with, the seconds it computed."""
     from qflux import main as module
 
     original: Callable[..., int] = module.run
+    WATCHED["result"] = result
 
     def run(*args: Any) -> int:
         Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
@@ -173,9 +177,28 @@ def watch(result: str) -> None:
             return original(*args)
         finally:
             told = {"memory": status("VmHWM") - base, "seconds": time.process_time() - began}
-            Path(result).write_text(json.dumps(told))
+            Path(WATCHED["result"]).write_text(json.dumps(told))
 
     module.run = run
+
+
+def series(words: str) -> None:
+    """Run ``qflux.main`` for each command line of a file; what each said and cost goes to another file."""
+    from qflux.main import main
+
+    results = []
+    for number, argv in enumerate(json.loads(Path(words).read_text())):
+        log, cost = Path(f"{words}.{number}"), Path(f"{words}.{number}.cost")
+        with log.open("w") as stream:
+            os.dup2(stream.fileno(), 1)
+            os.dup2(stream.fileno(), 2)
+        if number == 0:
+            watch(str(cost))
+        WATCHED["result"] = str(cost)
+        code = main(argv)
+        sys.stdout.flush()
+        results.append({"code": code, "said": log.read_text(), "cost": json.loads(cost.read_text())})
+    Path(f"{words}.results").write_text(json.dumps(results))
 
 
 def status(key: str) -> int:
@@ -185,7 +208,8 @@ def status(key: str) -> int:
 
 
 def linked(source: Path, folder: Path, changes: Mapping[str, bytes | None]) -> Path:
-    """A copy of a folder without copying bytes; ``changes`` are other contents, or None for a file that is not there."""
+    """A copy of a folder without copying bytes; ``changes`` are other contents, or None for a file left out."""
+    folder.mkdir(parents=True)
     for path in source.rglob("*"):
         if path.is_file() and str(path.relative_to(source)) not in changes:
             place = folder / path.relative_to(source)

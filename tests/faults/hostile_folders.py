@@ -63,15 +63,22 @@ def checkpoints() -> Iterator[Case]:
     size = {"size": 7, "xxh3": xxh3(b"private")}
     for name in ("../private", "/etc/hostname", "x/../../private", "..", "", "./../private"):
         yield case(f"lists-{name.replace('/', '_')}", "outside the checkpoint", manifest={"files": {name: size}})
-    yield case("link-out", "link out of the checkpoint", links={"extra.json": "../private"})
-    yield case("link-for-weights", "link out of the checkpoint", links={ADAPTER: "../private"})
+    yield case("link-out", "outside the checkpoint", links={"extra.json": "../private"})
+    yield case("link-for-weights", "outside the checkpoint", links={ADAPTER: "../private"})
     for name, data in trees().items():
         yield case(f"manifest-{name}", r"manifest\.json", {"manifest.json": data})
         yield case(f"state-{name}", r"state\.json", {"state.json": data})
-        if name not in ("list", "text"):
-            yield case(f"optimizer-{name}", r"optimizer\.json", {"optimizer.json": data})
-    for key, value in (("files", []), ("files", {"a": 5}), ("files", {"a": {"size": "x", "xxh3": []}}), ("step", "os.system"),
-                       ("step", -1), ("identity", [1]), ("identity", None), ("files", None)):  # fmt: skip
+        yield case(f"tree-{name}", r"optimizer\.json|do not belong to this run", {"optimizer.json": data})
+    for key, value in (
+        ("files", []),
+        ("files", None),
+        ("files", {"a": 5}),
+        ("files", {"a": {"size": "x", "xxh3": []}}),
+        ("step", "os.system"),
+        ("step", -1),
+        ("identity", [1]),
+        ("identity", None),
+    ):
         yield case(f"{key}-{json.dumps(value)}", r"manifest\.json", manifest={key: value})
     for kind in ("framed", "torch"):
         yield case(f"adapter-{kind}", CONVERT, {ADAPTER: kind})
@@ -107,7 +114,9 @@ def hubs() -> Iterator[Case]:
         state = json.dumps({"_data_files": [{"filename": name}]}).encode()
         yield case(f"names-{name.replace('/', '_')}", "expected files inside it", "saved", {"state.json": state})
         listed = json.dumps({"splits": [name]}).encode()
-        yield case(f"splits-{name.replace('/', '_')}", "expected files inside it", "saved", {"dataset_dict.json": listed})
+        yield case(
+            f"splits-{name.replace('/', '_')}", "expected files inside it", "saved", {"dataset_dict.json": listed}
+        )
     yield case("link", "expected files inside it", "saved", links={arrow: f"../elsewhere/{arrow}"})
     yield case("pickle", "cannot be opened", "saved", {arrow: "framed"})
     for name, data in trees().items():

@@ -18,7 +18,7 @@ HEADER = "not a readable safetensors file"
 
 @dataclass
 class Base:
-    """What is fine: a config, a model, a data set in three forms, a run's checkpoint; and where the canary would sit."""
+    """What is fine: a config, a model, a data set in three forms, a checkpoint; and where the canary would sit."""
 
     config: Path
     model: Path
@@ -77,7 +77,12 @@ def configs() -> Iterator[Case]:
     yield Case("config-list", _config_text("- !!python/name:os.system"), refused)
     yield Case("config-large", _config_text("#" * (2 << 20)), "larger than")
     yield Case("config-a-device", lambda *_: ["--config", "/dev/zero"], "larger than")
-    for name, data in {**trees(), "latin-1": b"train: \xe9", "mark": b"\xef\xbb\xbfa: 1", "utf-16": b"\xff\xfea\0"}.items():
+    for name, data in {
+        **trees(),
+        "latin-1": b"train: \xe9",
+        "mark": b"\xef\xbb\xbfa: 1",
+        "utf-16": b"\xff\xfea\0",
+    }.items():
         if name not in ("nan", "twice", "digits"):
             yield Case(f"config-file-{name}", _config_bytes(data), r"\.yaml")
     for name in ("os.system", "torch.optim.AdamW", "posix:system", "builtins.eval", "../../evil", "evil.py:run"):
@@ -156,7 +161,7 @@ WEIGHTS = {
 
 
 def models() -> Iterator[Case]:
-    """A model's folder with pickles for weights, indexes that climb, headers that lie and configs that fetch or fill."""
+    """A model's folder with pickles for weights, indexes that climb, lying headers, configs that fetch or fill."""
     for component, name in WEIGHTS.items():
         stem = name.removesuffix(".safetensors").replace("model", "pytorch_model") if "diff" not in name else name[:-12]
         for kind in ("framed", "torch"):
@@ -164,17 +169,34 @@ def models() -> Iterator[Case]:
             yield Case(f"model-{component}-{kind}", made, CONVERT)
         made = _model({}, {f"{component}/{name}": "framed"})
         yield Case(f"model-{component}-misnamed", made, CONVERT)
-        for inner in ("../evil.safetensors", "/etc/hostname", "evil.bin", "a\\\\b.safetensors", "..", "", "sub/a.safetensors"):
+        for inner in (
+            "../evil.safetensors",
+            "/etc/hostname",
+            "evil.bin",
+            "a\\\\b.safetensors",
+            "..",
+            "",
+            "sub/a.safetensors",
+        ):
             index = json.dumps({"metadata": {}, "weight_map": {"a": inner}}).encode()
             made = _model({f"{component}/{name}.index.json": index}, {f"{component}/evil.bin": "framed"})
-            yield Case(f"index-{component}-{inner.strip('/').replace('/', '_')}", made, "expected safetensors files beside")
-        yield Case(f"adapter-beside-{component}", _model({f"{component}/adapter_config.json": b"{}"}), "would load another")
+            yield Case(
+                f"index-{component}-{inner.strip('/').replace('/', '_')}", made, "expected safetensors files beside"
+            )
+        yield Case(
+            f"adapter-beside-{component}", _model({f"{component}/adapter_config.json": b"{}"}), "would load another"
+        )
     for name in ("length-huge", "overlap", "gap", "deep", "many-lists", "twice", "negative-side", "overflow", "large"):
         for component in ("transformer", "text_encoder_2"):
             made = _model({f"{component}/{WEIGHTS[component]}": headers()[name]})
             yield Case(f"model-{component}-{name}", made, HEADER)
     for name, data in trees().items():
-        for file in ("model_index.json", "transformer/config.json", "text_encoder/config.json", "scheduler/scheduler_config.json"):
+        for file in (
+            "model_index.json",
+            "transformer/config.json",
+            "text_encoder/config.json",
+            "scheduler/scheduler_config.json",
+        ):
             if name != "twice" or file != "model_index.json":
                 yield Case(f"json-{file.replace('/', '-')}-{name}", _model({file: data}), r"\.json")
         for component in ("transformer", "text_encoder_2"):
@@ -210,7 +232,8 @@ def tables() -> Iterator[Case]:
     """Rows of CSV and JSONL tables that leave their folder, and archives and hub folders that do."""
     outside = "expected a path inside|link out of the data set|found no file"
     names = {
-        "up": "../private.png", "up-inside": "x/../../private.png", "dots": "./.././private.png", "absolute": "{root}/private.png",
+        "up": "../private.png", "up-inside": "x/../../private.png", "dots": "./.././private.png",
+        "absolute": "{root}/private.png",
         "host": "/etc/hostname", "link": "link.png", "linked-folder": "linked/private.png", "home": "~/private.png",
         "url": "https://example.invalid/a.png", "file-url": "file:///etc/hostname", "percent": "%2e%2e/private.png",
         "backslash": "..\\private.png", "long": "a" * 5000, "device": "/dev/zero", "process": "/proc/self/environ",
@@ -225,8 +248,12 @@ def tables() -> Iterator[Case]:
         yield Case(f"jsonl-cell-{name}", _table("path_control", cell, "jsonl"), "expected|found no file")
     for name, data in trees().items():
         yield Case(f"jsonl-line-{name}", _file("t.jsonl", data, f"{DATA}={{}}"), r"t\.jsonl|expected")
-    yield Case("jsonl-endless-line", _file("t.jsonl", b'{"a": "' + b"x" * (40 << 20), f"{DATA}={{}}"), "found a line of more")
-    yield Case("csv-endless-cell", _file("t.csv", b'path_target\n"' + b"x\n" * (5 << 20), f"{DATA}={{}}"), "cannot be read")
+    yield Case(
+        "jsonl-endless-line", _file("t.jsonl", b'{"a": "' + b"x" * (40 << 20), f"{DATA}={{}}"), "found a line of more"
+    )
+    yield Case(
+        "csv-endless-cell", _file("t.csv", b'path_target\n"' + b"x\n" * (5 << 20), f"{DATA}={{}}"), "cannot be read"
+    )
     yield Case("data-zip", _kind("torch", "set.zip"), "expected a folder")
     yield Case("data-pickle", _kind("framed", "set.pkl"), "expected a folder")
     yield Case("data-npy", _kind("npy", "images/a.npy"), "found no pictures")
@@ -257,7 +284,7 @@ def _table(column: str, cell: Any, suffix: str) -> Callable[[Path, Base], list[o
         if suffix == "jsonl":
             table.write_text(json.dumps(row) + "\n")
         else:
-            table.write_text(f'{",".join(row)}\n{",".join(str(item) for item in row.values())}\n')
+            table.write_text(f"{','.join(row)}\n{','.join(str(item) for item in row.values())}\n")
         return [f"{DATA}={table}"]
 
     return make

@@ -31,12 +31,14 @@ from faults.remains import (
     RUNS,
     Broken,
     assert_readable,
+    assert_resumed,
     assert_strangers,
     assert_swept,
     compare,
     compare_runs,
     lost_steps,
     plant,
+    resume_point,
 )
 from faults.zygote import MODULES, ONE_THREAD, PREPARE, Zygote
 from tiny_project import ROOT, Data, Project, write_data
@@ -189,12 +191,14 @@ class Kills:
     def _hurt(self, project: Project, command: Command, harm: Harm | None, mutation: str) -> bool:
         """Type a command once; whether it was killed. It must end well if not."""
         fault = {faults.FAULT: f"{harm.point}:{harm.number}"} if harm and harm.point else {}
+        point = resume_point(project.root)
         mistake = {PREPARE: json.dumps([mutations.__file__, "make", [mutation]])} if mutation else {}
         environment = {**fault, **mistake}
         child = self.zygote.start(command.words, project.root, log_of(project, command), environment)
         if harm and not harm.point and not child.ended(harm.seconds):
             child.kill()
         code = child.code(FINISHED)
+        assert_resumed(point)
         if code not in (0, -signal.SIGKILL) or (code and harm is None):
             raise Broken(f"{command.name} ended with {code} under {harm}:\n{child.said()[-4000:]}")
         return code != 0
@@ -224,7 +228,7 @@ class Kills:
         chance.shuffle(found)
         return found
 
-    def points(self, chance: random.Random, count: Count, each: int = 1) -> None:
+    def hurt_points(self, chance: random.Random, count: Count, each: int = 1) -> None:
         """Hurt every named point; those that a life is done before come in the next one."""
         harms = self.point_harms(chance, each)
         for life in range(6):
@@ -233,7 +237,7 @@ class Kills:
             harms = self.live(f"points-{count.lives}-{life}", harms, count)
         raise Broken(f"never reached: {', '.join(map(str, harms))}")
 
-    def random(self, chance: random.Random, count: Count, kills: int, a_life: int = 8) -> None:
+    def hurt_at_random(self, chance: random.Random, count: Count, kills: int, a_life: int = 8) -> None:
         """Lives until as many SIGKILLs as ``kills`` came in time."""
         wanted = count.kills.total() + kills
         while (left := wanted - count.kills.total()) > 0:
@@ -246,11 +250,13 @@ class Kills:
         point = f"optimizer_step.after:{chance.randint(1, INTERVAL * 2)}"
         count.lives += 1
         for kind, environment in (("point", {faults.FAULT: point}), ("all", {}), ("launcher", {}), ("", {})):
-            since, process = time.time(), launch(project, train, environment)
+            since, point = time.time(), resume_point(project.root)
+            process = launch(project, train, environment)
             if kind in ("all", "launcher"):
                 kill_launch(project, process, kind, since, chance.uniform(0.0, 0.25) * self.durations["train"])
             code = process.wait(FINISHED)
             wait_free(project)
+            assert_resumed(point)
             if (code == 0) != (kind == ""):
                 said = log_of(project, train).read_text()[-4000:]
                 raise Broken(f"the launch ended with {code}, killed: {kind or 'no'}\n{said}")
@@ -314,8 +320,8 @@ def soak(trials: int, seed: int) -> str:
         model = build_flux_kontext_random(Path(folder) / "model")
         kills = Kills(Path(folder), model, write_data(Path(folder) / "data"))
         try:
-            kills.points(chance, count, each=len(kills.durations))
-            kills.random(chance, count, trials - 3)
+            kills.hurt_points(chance, count, each=len(kills.durations))
+            kills.hurt_at_random(chance, count, trials - 3)
             kills.launched(chance, count)
         finally:
             kills.close()

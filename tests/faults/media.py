@@ -69,11 +69,13 @@ def decoded(data: bytes) -> np.ndarray:
 
 def chunk(kind: bytes, data: bytes, crc: int | None = None) -> bytes:
     """One PNG chunk; with a wrong check sum where ``crc`` is given."""
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data) if crc is None else crc)
+    return (
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data) if crc is None else crc)
+    )
 
 
 def png(width: int, height: int, bits: int, colour: int, rows: bytes, extra: bytes = b"", interlace: int = 0) -> bytes:
-    """A PNG put together by hand; ``rows`` are raw, each with its filter byte; ``extra`` chunks lie before the pixels."""
+    """A PNG put together by hand; ``rows`` are raw, with their filter bytes; ``extra`` lies before the pixels."""
     header = struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, interlace)
     body = chunk(b"IHDR", header) + extra + chunk(b"IDAT", zlib.compress(rows, 9)) + chunk(b"IEND", b"")
     return SIGNATURE + body
@@ -267,7 +269,16 @@ def names() -> Iterator[Case]:
     """File names that are odd and fine, and those that are refused."""
     values = scene()
     data = encoded(values)
-    stems = ("зима 冬 ❄", "👩\u200d👧 family", "two  spaces", "-dash", "%s{0}$HOME", "a'b\"c;&|", "x" * 200, "cafe\u0301")
+    stems = (
+        "зима 冬 ❄",
+        "👩\u200d👧 family",
+        "two  spaces",
+        "-dash",
+        "%s{0}$HOME",
+        "a'b\"c;&|",
+        "x" * 200,
+        "cafe\u0301",
+    )
     for number, stem in enumerate(stems):
         yield Case(f"name{number}", {f"{stem}.png": data}, expected=values, picture=f"{stem}.png")
     for number, stem in enumerate(("two\nlines", "\x1b[31mred", "right\u202eleft", "bell\a")):

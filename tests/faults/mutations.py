@@ -43,6 +43,13 @@ def _no_rotation_later() -> None:
     run_folder.rotate = lambda folder, step, limit: None
 
 
+def _always_anew() -> None:
+    """A run that goes on begins at step 0."""
+    from qflux.runtime import run_folder
+
+    run_folder.find_checkpoint = lambda folder: None
+
+
 def _metrics_kept() -> None:
     """Lines after the checkpoint stay when a run goes on."""
     from qflux.runtime import run_folder
@@ -81,6 +88,7 @@ MUTATIONS: dict[str, Callable[[], None]] = {
     "in_place": _in_place,
     "rotation_first": _rotation_first,
     "no_rotation_later": _no_rotation_later,
+    "always_anew": _always_anew,
     "metrics_kept": _metrics_kept,
     "nothing_swept": _nothing_swept,
     "all_swept": _all_swept,

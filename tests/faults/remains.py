@@ -13,6 +13,7 @@ from PIL import Image
 from tiny_project import differing, metrics, record
 
 from qflux.data.cache_manager import read_entry
+from qflux.data.check import SHEET_NAME
 from qflux.errors import QfluxError
 from qflux.io.atomic import TEMP_PREFIX
 from qflux.io.tensors import load_tensors
@@ -95,6 +96,24 @@ def lost_steps(root: Path, interval: int) -> int:
     return max(0, logged - saved)
 
 
+def resume_point(root: Path) -> tuple[Path, int, int] | None:
+    """(the newest run, when its run.json was written, its newest checkpoint's step); None before there is a run."""
+    runs = run_folders(root / RUNS)
+    if not runs:
+        return None
+    written = (runs[-1] / "run.json").stat().st_mtime_ns if (runs[-1] / "run.json").exists() else 0
+    return runs[-1], written, max((int(path.name[11:17]) for path in list_checkpoints(runs[-1])), default=0)
+
+
+def assert_resumed(point: tuple[Path, int, int] | None) -> None:
+    """The typing since ``point`` went on where the run stood, if it came so far."""
+    if point is None or not (point[0] / "run.json").is_file():
+        return
+    run, written, saved = point
+    if (run / "run.json").stat().st_mtime_ns != written and record(run)["started_step"] != saved:
+        raise Broken(f"{run.name} began at step {record(run)['started_step']}, saved was step {saved}")
+
+
 def assert_swept(root: Path) -> None:
     """No temp file of ours is left, and no lock is held."""
     left = [path for path in root.rglob(f"{TEMP_PREFIX}*") if str(path.relative_to(root)) not in STRANGERS]
@@ -123,17 +142,14 @@ def compare_runs(root: Path, straight: Path) -> None:
 def compare(root: Path, straight: Path) -> None:
     """The whole folder of a life against the undisturbed one's."""
     compare_runs(root, straight)
-    for part, but in (
-        ("cache", ["digests.json", ".lock.owner", *_strange("cache")]),
-        (str(RUNS / "samples"), []),
-        ("out", []),
-    ):
+    # Digests are noted by path; the note of a lock's last holder means nothing once the lock is free.
+    own = ["digests.json", ".lock.owner", *_strange("cache")]
+    for part, but in ((Path("cache"), own), (RUNS / "samples", []), (RUNS / "v1" / "hub", [])):
         other = differing(root / part, straight / part, but)
         if other:
             raise Broken(f"{part} differs from an undisturbed life's in {', '.join(other[:6])}")
-    other = differing(root / RUNS / "v1" / "hub", straight / RUNS / "v1" / "hub")
-    if other:
-        raise Broken(f"the folder to share differs in {', '.join(other[:6])}")
+    if (root / RUNS / SHEET_NAME).read_bytes() != (straight / RUNS / SHEET_NAME).read_bytes():
+        raise Broken(f"{SHEET_NAME} differs from an undisturbed life's")
 
 
 def _strange(folder: str) -> list[str]:

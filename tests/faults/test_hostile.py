@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import re
-from collections.abc import Iterator
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import xxhash
 import yaml
 from faults import hostile
 from faults.forked import Forked
@@ -16,10 +20,13 @@ from faults.hostile_folders import checkpoints, hubs
 from faults.hostile_slots import Base, Case, adapters, configs, models, tables
 from tiny_project import Data
 
+from qflux.data.entry import CacheDamaged, read_entry
 from qflux.utils.huggingface import load_editing_dataset
 
 MEMORY, SECONDS = 200 << 20, 1.0
-CASES = [*configs(), *adapters(), *models(), *tables(), *checkpoints(), *hubs()]
+CASES = [*configs(), *adapters(), *models(), *tables(), *checkpoints()]
+HUBS = list(hubs())
+Outcome = tuple[int, str, dict[str, float]]
 
 
 @dataclass
@@ -29,13 +36,36 @@ class Victim:
     nursery: Forked
     base: Base
     root: Path
+    count: int = 0
 
-    def run(self, case: Case) -> tuple[int, str, dict[str, float]]:
+    def words(self, case: Case) -> tuple[Path, list[object]]:
+        """A case's files, written, and its command line."""
+        self.count += 1
+        folder = self.root / "cases" / str(self.count)
+        return folder, case.argv(folder, self.base)
+
+    def run(self, case: Case) -> Outcome:
         """Exit code, what was said, and what it cost."""
-        folder = self.root / "cases" / re.sub(r"[^\w.-]", "_", case.name)[:80]
-        result = folder.with_suffix(".result")
-        done = self.nursery.run(case.argv(folder, self.base), self.root, prepare=hostile.watch, args=[result])
-        return done.code, done.said, json.loads(result.read_text()) if result.exists() else {}
+        folder, words = self.words(case)
+        result = folder / "cost.json"
+        done = self.nursery.run(words, self.root, prepare=hostile.watch, args=[result])
+        return done.code, done.said, json.loads(result.read_text())
+
+    def run_all(self, cases: Sequence[Case]) -> dict[str, Outcome]:
+        """The same for several cases, one after the other in one process; a fine one first, for the imports."""
+        fine = ["--config", self.base.config, "--check", f"data.dataset_path={self.base.parquet}"]
+        words = [fine, *(self.words(case)[1] for case in cases)]
+        file = self.root / "series"
+        file.write_text(json.dumps([[str(word) for word in line] for line in words]))
+        code = "import sys; from faults.hostile import series; series(sys.argv[1])"
+        paths = {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+        done = subprocess.run(
+            [sys.executable, "-c", code, file], cwd=self.root, env={**os.environ, **paths}, check=False
+        )
+        assert done.returncode == 0
+        first, *others = json.loads(Path(f"{file}.results").read_text())
+        assert first["code"] == 0, first["said"]
+        return {case.name: tuple(one.values()) for case, one in zip(cases, others, strict=True)}
 
 
 @pytest.fixture(scope="module")
@@ -49,13 +79,11 @@ def victim(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, tiny_data
         "cache": {"cache_dir": str(root / "cache")},
     }
     (root / "run.yaml").write_text(yaml.safe_dump(config))
-    dataset = load_editing_dataset(tiny_data.square)
-    dataset.save_to_disk(root / "saved")
+    load_editing_dataset(tiny_data.square).save_to_disk(root / "saved")
     (root / "parquet").mkdir()
-    dataset.to_parquet(root / "parquet" / "train-00000-of-00001.parquet")
+    load_editing_dataset(root / "saved").to_parquet(root / "parquet" / "train-00000-of-00001.parquet")
     nursery = Forked(root)
     nursery.warm(["--config", root / "run.yaml"], root)
-    nursery.warm(["--config", root / "run.yaml", "--check", f"data.dataset_path={root / 'parquet'}"], root)
     base = Base(
         config=root / "run.yaml",
         model=tiny_model,
@@ -70,7 +98,8 @@ def victim(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, tiny_data
 
 
 def test_there_are_enough() -> None:
-    assert len({case.name for case in CASES}) == len(CASES) >= 200
+    every = [*CASES, *HUBS]
+    assert len({case.name for case in every}) == len(every) >= 200
 
 
 def test_the_pickles_would_fire(tmp_path: Path) -> None:
@@ -81,7 +110,39 @@ def test_the_pickles_would_fire(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_each_is_refused(victim: Victim, case: Case) -> None:
-    code, said, cost = victim.run(case)
+    judge(victim, case, victim.run(case))
+
+
+@pytest.fixture(scope="module")
+def hub_outcomes(victim: Victim) -> dict[str, Outcome]:
+    return victim.run_all(HUBS)
+
+
+@pytest.mark.parametrize("case", HUBS, ids=lambda case: case.name)
+def test_each_folder_of_the_hub_is_refused(victim: Victim, hub_outcomes: dict[str, Outcome], case: Case) -> None:
+    judge(victim, case, hub_outcomes[case.name])
+
+
+@pytest.mark.parametrize("name", hostile.headers())
+def test_entries_of_a_cache_with_a_fitting_digest_are_damaged(tmp_path: Path, name: str) -> None:
+    path, mark = tmp_path / "entry.safetensors", b'{"__metadata__":{"content":"'
+    data = bytearray(hostile.headers()[name])
+    length = int.from_bytes(data[:8], "little")
+    if data[8:9] == b"{" and length < len(data):  # an entry's header begins with its digest, which must be right
+        text = mark + b"0" * 32 + b'","key":"k","stage":"s"},' + data[9 : 8 + length]
+        data = bytearray(len(text).to_bytes(8, "little") + text + data[8 + length :])
+        digits = slice(8 + len(mark), 40 + len(mark))
+        digest = xxhash.xxh3_128(data[: digits.start])
+        digest.update(data[digits.stop :])
+        data[digits] = digest.hexdigest().encode()
+    path.write_bytes(data)
+    with pytest.raises(CacheDamaged, match="damaged cache entry"):
+        read_entry(path, "s", "k")
+
+
+def judge(victim: Victim, case: Case, outcome: Outcome) -> None:
+    """Refused at once, in a few lines and little memory, and nothing ran."""
+    code, said, cost = outcome
     assert not victim.base.canary.exists()
     assert "Traceback" not in said, said
     assert code == 2, said

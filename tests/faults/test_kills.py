@@ -31,7 +31,7 @@ def test_forty_kills(kills: Kills, capsys: pytest.CaptureFixture[str]) -> None:
     count, real = Count(), Count()
     with ThreadPoolExecutor(1) as beside:
         launched = beside.submit(kills.launched, random.Random(SEED), real)
-        kills.random(random.Random(SEED), count, FORKED)
+        kills.hurt_at_random(random.Random(SEED), count, FORKED)
         launched.result()
     count.add(real)
     with capsys.disabled():
@@ -43,7 +43,7 @@ def test_forty_kills(kills: Kills, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_every_named_point(kills: Kills) -> None:
     count = Count()
-    kills.points(random.Random(SEED), count)
+    kills.hurt_points(random.Random(SEED), count)
     assert count.points == set(POINTS) - UNREACHED
     assert len(count.points) >= 14
     assert max(count.lost) <= INTERVAL
@@ -54,6 +54,7 @@ SHOWN = {
     "in_place": (Harm("train", point="manifest.before", number=1), "not valid"),
     "rotation_first": (Harm("train", point="publish.before", number=2), "steps are lost"),
     "no_rotation_later": (Harm("train", point="publish.after", number=4), "checkpoint-"),
+    "always_anew": (Harm("train", point="publish.after", number=2), "began at step 0, saved was step 6"),
     "metrics_kept": (Harm("train", point="optimizer_step.after", number=6), "metrics.jsonl of v1"),
     "nothing_swept": (Harm("train", point="rename.before", number=2), "left behind"),
     "all_swept": (Harm("train", point="record.after", number=1), "not ours have gone"),

@@ -7,12 +7,14 @@ import os
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from faults.forked import Forked, Runs
 from faults.remains import RUNS, assert_readable
 from tiny_project import Data, Project, checkpoint, differing, metrics, on_call, record
 
+from qflux.runtime import signals
 from qflux.runtime.checkpoint import list_checkpoints, verify_checkpoint
 
 SECONDS = 20  # that a stop may take on a busy machine; it takes well under one where there is time to look
@@ -49,6 +51,17 @@ def runs(forked: Forked, tmp_path_factory: pytest.TempPathFactory, tiny_model: P
     return Runs(forked, folder, ["--config", project.config, *words, "data.batch_size=4", "data.shape_window=12"])
 
 
+def assert_saved(run: Path, number: int, step: int) -> None:
+    """run.json tells the signal and the step, whose checkpoint is there and valid."""
+    told = record(run)
+    assert (told["exit_code"], told["step"]) == (128 + number, step)
+    assert "interrupted" in told["reason"]
+    saved = list_checkpoints(run)
+    assert bool(saved) == (step > 0)
+    assert [verify_checkpoint(path) for path in saved] == [[]] * len(saved)
+    assert not saved or int(saved[-1].name[-6:]) == step
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["term", "int"])
 @pytest.mark.parametrize("phase", PHASES)
 def test_stop_in_a_phase(runs: Runs, tmp_path: Path, phase: str, number: int) -> None:
@@ -65,18 +78,29 @@ def test_stop_in_a_phase(runs: Runs, tmp_path: Path, phase: str, number: int) ->
         assert not run.exists(), "nothing was begun"
         return
     assert_readable(runs.seen(disk))
-    told = record(run)
-    assert (told["exit_code"], told["step"]) == (128 + number, step)
-    assert "interrupted" in told["reason"]
-    saved = list_checkpoints(run)
-    assert [verify_checkpoint(path) for path in saved[-1:]] == [[]] * bool(step)
-    assert not step or int(saved[-1].name[-6:]) == step
+    assert_saved(run, number, step)
     again = runs.run(disk, "--resume", "auto")
     assert again.code == 0, again.said
     straight = runs.seen(runs.straight) / RUNS / "v1"
     assert differing(checkpoint(run, 6), checkpoint(straight, 6)) == []
     assert metrics(run) == metrics(straight)
     assert [path.name for path in run.parent.iterdir()] == ["v1"]
+
+
+def at_once(*place: Any) -> None:
+    """A mistake: a run that has something to save ends as one that has nothing."""
+    signals.StopSignal.eager = property(lambda stop: True, lambda stop, value: None)  # type: ignore[assignment]
+    interrupt(*place)
+
+
+def test_a_mistake_is_seen(runs: Runs, tmp_path: Path) -> None:
+    *place, step = PHASES["mid-step"]
+    disk, note = runs.new("mistake"), tmp_path / "sent"
+    ended = runs.run(disk, prepare=at_once, args=[*place, int(signal.SIGTERM), note])
+    assert note.is_file(), ended.said
+    assert ended.code == 143
+    with pytest.raises(AssertionError):
+        assert_saved(runs.seen(disk) / RUNS / "v1", signal.SIGTERM, step or 0)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["term", "int"])

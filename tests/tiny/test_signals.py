@@ -6,7 +6,6 @@ import os
 import signal
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,8 +13,7 @@ from tiny_project import Project, adapter_bytes, checkpoint, differing, finish, 
 
 from qflux.io.quiet import quiet_imports
 from qflux.runtime import signals
-from qflux.runtime.checkpoint import list_checkpoints, verify_checkpoint
-from qflux.trainer import loop, state
+from qflux.trainer import loop
 from qflux.trainer.base_trainer import BaseTrainer
 from qflux.trainer.flux_kontext_trainer import FluxKontextTrainer
 from qflux.validation.held_out import HeldOut

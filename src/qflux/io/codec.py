@@ -7,7 +7,6 @@ keys kept), ``{"tuple": […]}``, ``{"float": "<64 bits in hex>"}`` for infiniti
 
 from __future__ import annotations
 
-import json
 import math
 import struct
 from collections import OrderedDict, defaultdict
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from qflux.errors import UserError
 from qflux.io import atomic, tensors
+from qflux.io.json_files import strict_read
 
 _DICTS = (dict, OrderedDict, defaultdict)
 _TUPLES = (tuple, torch.Size)
@@ -87,7 +87,7 @@ def load_state(folder: Path | str, name: str) -> Any:
     """Read a tree written by :func:`save_state`, tensors on the CPU; ``UserError`` names a broken file."""
     path = Path(folder, f"{name}.json")
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
+        tree = strict_read(path)
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file") from error
     except (OSError, ValueError) as error:
@@ -95,5 +95,5 @@ def load_state(folder: Path | str, name: str) -> Any:
     found = tensors.load_tensors(path.with_suffix(".safetensors"))
     try:
         return decode_tree(tree, found)
-    except (KeyError, ValueError, TypeError) as error:
+    except (KeyError, ValueError, TypeError, RecursionError, struct.error) as error:
         raise UserError(f"{path}: does not belong to {path.with_suffix('.safetensors').name}: {error}") from error

@@ -23,6 +23,7 @@ from qflux.io.headers import unreadable
 from qflux.io.json_files import strict_loads, strict_read
 from qflux.io.quiet import quiet_imports
 from qflux.io.tensors import load_tensors, read_metadata, save_tensors
+from qflux.models.native_names import METADATA_KEY
 from qflux.models.quantized_layers import Quantized
 from qflux.models.targets import KEY, select_targets
 from qflux.randomness import Purpose, generator
@@ -31,7 +32,6 @@ from qflux.types import Family
 ADAPTER = "default"
 WEIGHTS_FILE = "pytorch_lora_weights.safetensors"
 FULL_WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
-METADATA_KEY = "lora_adapter_metadata"
 _SHOWN = 5
 _PREFIXES = ("base_model.model.", "transformer.", "unet.", "diffusion_model.")
 

@@ -16,10 +16,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from qflux.errors import NoSpace, RunStopped
+from qflux.errors import NoSpace, RunStopped, UserError
 from qflux.io import atomic
 from qflux.io.digests import canonical_json, xxh3
 from qflux.io.faults import reach
+from qflux.io.json_files import strict_read
+from qflux.io.places import is_inside, printable
 from qflux.io.progress import say
 from qflux.types import TrainState
 
@@ -131,22 +133,40 @@ def taken_names(run_dir: Path, step: int) -> list[Path]:
 
 def read_manifest(path: Path) -> dict[str, Any]:
     """The manifest of a checkpoint folder; ValueError when it is not one of ours or was altered."""
-    manifest = json.loads((Path(path) / MANIFEST).read_text(encoding="utf-8"))
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+    path = Path(path)
+    manifest = strict_read(path / MANIFEST)
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT or not _is_complete(manifest):
         raise ValueError(f"not a checkpoint manifest of format {FORMAT}")
     if manifest.get("xxh3") != _manifest_digest(manifest):
         raise ValueError("its content is not the one that was written (xxh3 differs)")
     for name in manifest["files"]:
         parts = PurePosixPath(name)
-        if parts.is_absolute() or ".." in parts.parts:
-            raise ValueError(f"a file outside the checkpoint is listed: {name}")
+        if not name or parts.is_absolute() or ".." in parts.parts or not is_inside(path / name, (path,)):
+            raise ValueError(f"a file outside the checkpoint is listed: {printable(name)}")
     return manifest
 
 
+def _is_complete(manifest: Mapping[str, Any]) -> bool:
+    """Whether a manifest has all that is read of it, in the right types."""
+    step, files = manifest.get("step"), manifest.get("files")
+    if type(step) is not int or step < 0 or not isinstance(manifest.get("identity"), dict):
+        return False
+    return isinstance(files, dict) and all(
+        isinstance(known, dict) and type(known.get("size")) is int and isinstance(known.get("xxh3"), str)
+        for known in files.values()
+    )
+
+
 def read_state(path: Path) -> TrainState:
-    """The TrainState saved in a checkpoint folder."""
-    record = json.loads((Path(path) / STATE).read_text(encoding="utf-8"))
-    return TrainState(**{field.name: record[field.name] for field in dataclasses.fields(TrainState)})
+    """The TrainState saved in a checkpoint folder; UserError where it holds none."""
+    try:
+        record = strict_read(Path(path) / STATE)
+        values = {field.name: record[field.name] for field in dataclasses.fields(TrainState)}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{Path(path) / STATE}: not a readable state file: {error}") from error
+    if not all(type(value) is int for value in values.values()):
+        raise UserError(f"{Path(path) / STATE}: not a readable state file: found {printable(values)}, expected numbers")
+    return TrainState(**values)
 
 
 def _manifest(folder: Path, step: int, identity: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qflux.config import Config
-from qflux.data.cache_manager import CacheManager
 from qflux.data.dataset import EditDataset
 from qflux.data.sheet import MAX_ROWS
 from qflux.errors import DONE, NoSpace, UserError
@@ -68,11 +67,13 @@ def check_disk(
     start = _start(config, resume) if training else Start()
     if start.folder is not None:
         atomic.sweep(start.folder)  # of a killed run: a whole checkpoint, perhaps
-    short = shortages(_parts(trainer, datasets, start, training))
+    fills = config.cache.on_missing == "fill" and config.cache.use_cache if training else True
+    there, lacking = _cached(trainer, datasets) if fills else (0, 0)
+    short = shortages(_parts(trainer, datasets, start, training, there, lacking))
     if short:
         raise NoSpace("\n".join(short))
     folders = {_OUTPUT: _project(config)} if training else {}
-    if config.cache.use_cache or not training:
+    if lacking:
         folders[_CACHE] = Path(config.cache.cache_dir)
     problems = [problem for key, folder in folders.items() if (problem := _unwritable(key, folder))]
     if problems:
@@ -97,16 +98,20 @@ def shortages(parts: Sequence[Part]) -> list[str]:
     return lines
 
 
-def _parts(trainer: BaseTrainer, datasets: Sequence[EditDataset], start: Start, training: bool) -> list[Part]:
+def _parts(
+    trainer: BaseTrainer, datasets: Sequence[EditDataset], start: Start, training: bool, there: int, lacking: int
+) -> list[Part]:
     config = trainer.config
     try:
         plan = make_plan(config, type(trainer), datasets=datasets, model=trainer.folder, split=False)
     except UserError:  # the plan at the start has said why
         return []
-    parts = []
-    if plan.disk.cache is not None and (not training or config.cache.on_missing == "fill"):
-        elsewhere = f"set {_CACHE} to a folder on a larger disk, lower data.target_size, or set cache.use_cache: false"
-        parts.append(Part("cache", Path(config.cache.cache_dir), _cache(trainer, datasets, plan), elsewhere))
+    parts, planned = [], plan.disk.cache
+    if lacking and planned is not None and planned.total is not None:
+        prompts = len(config.logging.validation.samples) * planned.sample
+        need = max(0, planned.total - there) + prompts + lacking * BLOCK
+        advice = f"set {_CACHE} to a folder on a larger disk, lower data.target_size, or set cache.use_cache: false"
+        parts.append(Part("cache", Path(config.cache.cache_dir), need, advice))
     return parts + _run(config, plan, start) if training else parts
 
 
@@ -149,26 +154,19 @@ def _looks(config: Config, step: int) -> int:
     return total // every - step // every + (total % every > 0) + (step == 0)
 
 
-def _cache(trainer: BaseTrainer, datasets: Sequence[EditDataset], plan: Plan) -> int:
-    """Bytes of the entries that the cache lacks."""
+def _cached(trainer: BaseTrainer, datasets: Sequence[EditDataset]) -> tuple[int, int]:
+    """(bytes of the needed entries that the cache holds, number of those that it lacks)."""
     from qflux.trainer.early import memo_of
     from qflux.trainer.encoding import cache_manager, wanted_specs
 
-    planned = plan.disk.cache
-    if planned is None or planned.total is None:
-        return 0
-    manager: CacheManager = cache_manager(trainer, memo_of(trainer.config))
+    manager = cache_manager(trainer, memo_of(trainer.config))
     specs = [spec for dataset in datasets for spec in wanted_specs(trainer, dataset)]
     paths = {manager.path(name, key) for spec in specs for name, key in manager.keys(spec).items()}
-    there = 0
-    for path in list(paths):
+    there, found = 0, 0
+    for path in paths:
         with suppress(OSError):
-            there += path.stat().st_size
-            paths.remove(path)
-    if not paths:
-        return 0
-    prompts = len(trainer.config.logging.validation.samples)
-    return max(0, planned.total - there) + prompts * planned.sample + len(paths) * BLOCK
+            there, found = there + path.stat().st_size, found + 1
+    return there, len(paths) - found
 
 
 def _start(config: Config, resume: str | None) -> Start:

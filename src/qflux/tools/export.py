@@ -12,7 +12,6 @@ adapter are zero.
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -27,18 +26,17 @@ from torch import Tensor
 from qflux.errors import UserError
 from qflux.io.atomic import sweep
 from qflux.io.json_files import strict_loads
-from qflux.io.quiet import quiet_imports
 from qflux.io.tensors import load_tensors, read_metadata, save_tensors
 from qflux.models.adapters import METADATA_KEY, WEIGHTS_FILE
+from qflux.models.native_names import RULES_FILE, native_layers, scale_of
+from qflux.models.native_names import read_rules as rules_of
 
 PLAIN = "diffusers"
 FORMATS = ("comfyui", "kohya", PLAIN)
-RULES_FILE = "export.json"
 _MARK = "export"  # metadata key of the files written here
 _SHOWN = 5
 _TENSOR = re.compile(r"(?P<module>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_magnitude_vector)")
 _PARTS = {"lora_A.weight": "down", "lora_B.weight": "up", "lora_magnitude_vector": "magnitude"}
-_BLOCK = re.compile(r"(?<=\.)\d+(?=\.)")  # a block's number: the first part of a name that is one, not the last part
 
 
 @dataclass
@@ -123,7 +121,7 @@ def read_adapter(path: Path) -> Adapter:
     component, settings = _settings(path, text)
     layers = _layers(path, tensors, f"{component}.")
     for module, layer in layers.items():
-        layer.up = _scaled(layer.up, _scale(settings, module, len(layer.down)))
+        layer.up = _scaled(layer.up, scale_of(settings, module, len(layer.down)))
     return Adapter(layers, component, settings, metadata)
 
 
@@ -132,7 +130,7 @@ def _settings(path: Path, text: str) -> tuple[str, dict[str, Any]]:
     try:
         raw = strict_loads(text.encode())
         settings = {key.partition(".")[2]: value for key, value in raw.items()}
-        _scale(settings, "", int(settings["r"]))
+        scale_of(settings, "", int(settings["r"]))
         return min(raw).partition(".")[0], settings
     except (ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError):
         raise UserError(f"{path}: {METADATA_KEY} in the file states no usable r and lora_alpha") from None
@@ -164,16 +162,6 @@ def _fits(parts: Mapping[str, Tensor]) -> bool:
     return down is not None and up is not None and down.ndim == up.ndim == 2 and down.shape[0] == up.shape[1]
 
 
-def _scale(settings: Mapping[str, Any], module: str, rank: int) -> float:
-    """alpha / r of a module as PEFT computes it (alpha / √r for rank-stabilised LoRA)."""
-    alpha, patterns = settings["lora_alpha"], settings.get("alpha_pattern") or {}
-    if patterns:
-        with quiet_imports():
-            from peft.utils.other import get_pattern_key
-        alpha = patterns.get(get_pattern_key(list(patterns), module), alpha)
-    return alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
-
-
 def _scaled(up: Tensor, scale: float) -> Tensor:
     """``up · scale`` rounded once; exact where the scale is a power of two."""
     return up if scale == 1.0 else (up.double() * scale).to(up.dtype)
@@ -198,10 +186,10 @@ def _plain_tensors(source: Adapter) -> dict[str, Tensor]:
 
 def read_rules(folder: Traversable) -> dict[str, Any]:
     """A family's names in other tools; UserError when it has none."""
-    path = folder / RULES_FILE
-    if not path.is_file():
+    rules = rules_of(folder)
+    if rules is None:
         raise UserError(f"--export: no {RULES_FILE} in {folder}; this family is exported as {PLAIN} only")
-    return json.loads(path.read_text(encoding="utf-8"))
+    return rules
 
 
 def native_tensors(
@@ -243,20 +231,10 @@ def _group(
     layers: Mapping[str, Layer], table: Mapping[str, Sequence[Any]], only: Sequence[str], where: str
 ) -> dict[str, list[tuple[str, int]]]:
     """Other tools' layer → modules it is stacked from and their units, for every module that has an adapter."""
-    home = {pattern: native for native, parts in table.items() for pattern, _ in parts}
-    groups: dict[str, list[tuple[str, int]]] = {}
-    unknown, outside = [], []
-    for module in layers:
-        number = _BLOCK.search(module)
-        native = home.get(_BLOCK.sub("#", module, count=1), home.get(module))
-        if native is None:
-            unknown.append(module)
-        elif not native.startswith(tuple(only)):
-            outside.append(module)
-        else:
-            block = number[0] if number and "#" in native else "#"
-            parts = [(pattern.replace("#", block), units) for pattern, units in table[native]]
-            groups[native.replace("#", block)] = parts
+    named = native_layers(layers, table)
+    groups = dict(named.values())
+    unknown = [module for module in layers if module not in named]
+    outside = [module for module, (native, _) in named.items() if not native.startswith(tuple(only))]
     problems = []
     if unknown:
         known = f"{len(unknown)} of {len(layers)} layers have no name there"

@@ -33,7 +33,15 @@ from qflux.tools.plan_data import (
     read_data,
 )
 from qflux.tools.plan_ladder import ENCODERS, Advice, advise
-from qflux.tools.plan_memory import KEY, Layout, adapted_linears, folder_layout, known_layouts, state_bytes
+from qflux.tools.plan_memory import (
+    KEY,
+    Layout,
+    adapted_linears,
+    folder_layout,
+    known_layouts,
+    starting_problems,
+    state_bytes,
+)
 from qflux.tools.plan_phases import VALIDATING, Estimate, Phase, Setup, setup_of, worst
 from qflux.tools.plan_split import named_devices, plan_of, split_dict
 from qflux.tools.plan_text import plan_text, remedy, size, summary
@@ -239,7 +247,7 @@ def make_plan(
         data=data,
         disk=_disk(estimate, setup, structure, text, held_out),
         notes=(*data.notes, *_notes(estimate)),
-        problems=(*_problems(config, family, layouts), *refused),
+        problems=(*_problems(config, family, layouts, folder), *refused),
         advice=None if memory is None or config.model.split_model_over_gpus else advise(estimate, setup, memory),
         split=divided,
     )
@@ -351,10 +359,10 @@ def planned_problems(config: Config, trainer_class: type[BaseTrainer]) -> list[s
     name = config.model.pretrained_model_name_or_path
     local = Path(name).expanduser().is_dir()
     known = local or bool(family.folder and known_layouts(described, name))
-    return _problems(config, family, _model(config, trainer_class, described, None)[0] if known else {})
+    return _problems(config, family, _model(config, trainer_class, described, None)[0] if known else {}, described)
 
 
-def _problems(config: Config, family: Family, layouts: Mapping[str, Layout]) -> list[str]:
+def _problems(config: Config, family: Family, layouts: Mapping[str, Layout], described: Path) -> list[str]:
     """What cannot work, known before anything is loaded."""
     found = refusals(config, family)
     folder = Path(config.model.pretrained_model_name_or_path).expanduser()
@@ -366,6 +374,7 @@ def _problems(config: Config, family: Family, layouts: Mapping[str, Layout]) -> 
         ]
         bare = [name for name in networks if name not in layouts and (folder / name).is_dir()]
         found += [f"{KEY}: {folder / name} holds no safetensors weights; fetch it again" for name in bare]
+    found += starting_problems(config, family, layouts, described)
     lists = layouts[family.denoiser].blocks if family.denoiser in layouts else {}
     if layouts and set(family.block_lists) <= lists.keys():
         blocks, asked = sum(lists[name][0] for name in family.block_lists), config.train.offload_blocks

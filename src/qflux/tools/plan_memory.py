@@ -14,9 +14,12 @@ from dataclasses import dataclass, field, replace
 from importlib.resources.abc import Traversable
 from pathlib import Path
 
+from qflux.config import Config
 from qflux.errors import UserError
 from qflux.io.json_files import read_object
+from qflux.models.foreign_adapters import match_adapter
 from qflux.models.memory_rules import matches, packed_bytes, stored_format, unfit
+from qflux.models.native_names import read_rules
 from qflux.models.targets import select_targets
 from qflux.types import Family
 
@@ -261,6 +264,24 @@ def adapted_linears(layout: Layout, targets: str | Sequence[str], family: Family
     modules = dict.fromkeys(".".join(part[: end + 1]) for part in parts for end in range(len(part)))
     kinds = {name: None if name in linear else "no linear layer" for name in modules}
     return {name: linear[name] for name in select_targets(kinds, targets, family)}
+
+
+def starting_problems(config: Config, family: Family, layouts: Mapping[str, Layout], folder: Traversable) -> list[str]:
+    """Why the adapter to start from does not fit, by its header; ``folder`` is the family's data."""
+    lora, layout = config.model.lora, layouts.get(family.denoiser)
+    if lora is None or lora.pretrained_weight is None or layout is None:
+        return []
+    try:
+        adapted = adapted_linears(layout, lora.target_modules, family)
+    except UserError:  # of targets the plan tells
+        return []
+    sizes = {name: (shape[0], shape[1]) for name, shape in adapted.items()}
+    others = [name.removesuffix(".weight") for name, _ in layout.tensors() if name.endswith(".weight")]
+    try:
+        match_adapter(lora.pretrained_weight, sizes, others, lora, family.denoiser, read_rules(folder))
+    except UserError as error:
+        return error.problems
+    return []
 
 
 def adapter_shapes(linears: Mapping[str, Shape], rank: int, use_dora: bool) -> list[Shape]:

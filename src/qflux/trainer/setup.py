@@ -21,11 +21,14 @@ from qflux.io.progress import say, speak_as
 from qflux.models import adapters
 from qflux.models.activations import named_blocks, set_checkpointing
 from qflux.models.ema import Ema
+from qflux.models.foreign_adapters import match_adapter, read_changes, start_from
 from qflux.models.loading import meta_module, model_identity, read_config
 from qflux.models.memory_rules import ADVICE, method_of, text_components
+from qflux.models.native_names import read_rules
 from qflux.models.offload import offload_blocks
 from qflux.models.optimizers import make_optimizer
 from qflux.models.schedules import make_schedule
+from qflux.models.structures import family_data
 from qflux.parallel.placement import Placement, open_placement
 from qflux.trainer.early import scan_all
 from qflux.trainer.encoding import RECIPE, cache_manager
@@ -73,13 +76,20 @@ def open_datasets(trainer: BaseTrainer) -> list[EditDataset]:
 
 
 def check_targets(trainer: BaseTrainer) -> None:
-    """Refuse adapter targets that select nothing, on the network's structure alone."""
-    lora = trainer.config.model.lora
+    """Refuse adapter targets that select nothing and a starting adapter that does not fit, on the structure alone."""
+    lora, family = trainer.config.model.lora, trainer.family
     if lora is None:
         return
-    structure = meta_module(trainer.folder, trainer.family.denoiser)
-    if structure is not None:
-        adapters.resolve_targets(structure, lora.target_modules, trainer.family)
+    structure = meta_module(trainer.folder, family.denoiser)
+    if structure is None:
+        return
+    names = adapters.resolve_targets(structure, lora.target_modules, family)
+    if lora.pretrained_weight is not None:
+        linears = {name: structure.get_submodule(name) for name in names}
+        sizes = {name: (int(linear.out_features), int(linear.in_features)) for name, linear in linears.items()}  # type: ignore[arg-type]
+        others = [name for name, _ in structure.named_modules() if name and name not in sizes]
+        rules = read_rules(family_data(type(trainer)))
+        read_changes(match_adapter(lora.pretrained_weight, sizes, others, lora, family.denoiser, rules))
 
 
 def check_steps(trainer: BaseTrainer) -> None:
@@ -217,8 +227,15 @@ def make_weights(trainer: BaseTrainer, place: Placement, batch: int) -> tuple[to
     else:
         names = adapters.add_adapter(model, config.model.lora, trainer.family, config.train.seed)
         if config.model.lora.pretrained_weight is not None:
-            matched, total = adapters.load_adapter(Path(config.model.lora.pretrained_weight), model)
-            say(f"starting from an adapter: {matched} of {total} tensors matched")
+            told = start_from(
+                config.model.lora.pretrained_weight,
+                model,
+                config.model.lora,
+                trainer.family.denoiser,
+                read_rules(family_data(type(trainer))),
+            )
+            for line in told:
+                say(line)
         say(f"LoRA on {len(names)} linear layers")
     if config.model.quantize in ADVICE:
         say(f"model.quantize: {config.model.quantize}: {ADVICE[config.model.quantize]}")

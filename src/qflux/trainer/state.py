@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from qflux.errors import UserError
 from qflux.io.codec import load_state, save_state
 from qflux.io.tensors import load_tensors, save_tensors
 from qflux.models.adapters import (
@@ -97,7 +98,15 @@ def collect(trainer: BaseTrainer, weights: Weights, place: Placement, info: Mapp
 
 
 def read_weights(folder: Path, trainer: BaseTrainer, weights: Weights, place: Placement) -> None:
-    """Put a verified checkpoint back, bit for bit."""
+    """Put a verified checkpoint back, bit for bit; UserError where it is not one of this run."""
+    try:
+        _put_back(folder, trainer, weights, place)
+    except (KeyError, IndexError, ValueError, TypeError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise UserError(f"{folder}: its parts do not belong to this run ({reason}); name another checkpoint") from error
+
+
+def _put_back(folder: Path, trainer: BaseTrainer, weights: Weights, place: Placement) -> None:
     raw = folder / "training_weights.safetensors"
     if raw.exists():
         values = load_tensors(raw)
