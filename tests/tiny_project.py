@@ -217,7 +217,7 @@ class Project:
         """A run that must end well; its folder."""
         done = self.run(*words, f"logging.tracker_project_name={name}")
         assert done.code == 0, done.out + done.err
-        assert done.foreign == []
+        assert done.foreign == [], repr(done.foreign)
         return self.newest(name)
 
     def newest(self, name: str = "tiny") -> Path:

@@ -242,7 +242,7 @@ class TrainConfig(Section):
     peer_timeout: AboveZero = Field(
         default=120.0, description="seconds without a sign of life after which another process counts as lost"
     )
-    max_skipped_steps: Positive = Field(default=10, description="non-finite steps in a row before the run stops")
+    max_skipped_steps: Count = Field(default=10, description="non-finite steps left out in a row; 0 = stop at one")
 
     @field_validator("lr_scheduler")
     @classmethod

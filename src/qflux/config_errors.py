@@ -12,6 +12,7 @@ from typing import Any
 
 from qflux.config import Config
 from qflux.config_yaml import Key, key_text
+from qflux.io.secrets import ADVICE, is_secret_name
 
 Place = str
 Schema = Mapping[str, Any]
@@ -217,6 +218,8 @@ def describe(errors: Sequence[Any], tree: Any, place: Callable[[Key], Place]) ->
 
 
 def _unknown(key: Key, guess: str | None) -> str:
+    if is_secret_name(str(key[-1])):
+        return f"unknown key; no key takes a secret: {ADVICE}"
     parent = key[:-1]
     allowed = ", ".join(allowed_keys(parent))
     question = f"did you mean {guess}?" if guess else "remove it"

@@ -21,13 +21,13 @@ from qflux.config_errors import Place, describe, is_path_key
 from qflux.config_yaml import Key, Tree, YamlProblem, key_text, parse
 from qflux.errors import UserError
 from qflux.io.headers import read_header
+from qflux.io.secrets import redact
 from qflux.old_layout import RULES, old_layout_problems
 
 SIZE_LIMIT = 1 << 20
 MODEL = ("model", "pretrained_model_name_or_path")
 ADAPTER = ("model", "lora", "pretrained_weight")
 _HUB_ID = re.compile(r"[\w-][\w.-]*(?:/[\w-][\w.-]*)?", re.ASCII)
-_TOKEN = re.compile(r"hf_[A-Za-z0-9]+")
 _MUST_EXIST = re.compile(
     r"model\.lora\.pretrained_weight|logging\.validation\.samples\[\d+\]\.(?:controls\[\d+\]|target|mask)"
 )
@@ -50,14 +50,14 @@ class Document:
         return f"{self.file}:{self.tree.lines[known]}" if known else str(self.file)
 
     def in_order(self) -> list[str]:
-        """The problems by line, those of the command line last, without any access token."""
+        """The problems by line, those of the command line last, without any secret."""
         front = re.compile(rf"{re.escape(str(self.file))}:(\d+): ")
 
         def rank(problem: str) -> int:
             found = front.match(problem)
             return int(found[1]) if found else SIZE_LIMIT if problem.startswith("command line") else 0
 
-        return sorted(dict.fromkeys(_TOKEN.sub("hf_...", problem) for problem in self.problems), key=rank)
+        return sorted(dict.fromkeys(redact(problem) for problem in self.problems), key=rank)
 
     def base(self, key: Key) -> Path:
         """Folder that a relative path at ``key`` is relative to."""

@@ -13,9 +13,10 @@ from typing import Any
 
 import yaml
 
+from qflux.io.secrets import ADVICE, secret_in
+
 Key = tuple[str | int, ...]
 DEPTH_LIMIT = 20
-_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}\b")
 _CORE = {
     "null": (re.compile(r"~|null|Null|NULL|"), ["~", "n", "N", ""]),
     "bool": (re.compile(r"true|True|TRUE|false|False|FALSE"), list("tTfF")),
@@ -39,12 +40,16 @@ class YamlProblem(Exception):
 
 @dataclass
 class Tree:
-    """A parsed text: value, line of every key path, paths left empty, problems that did not stop the parsing."""
+    """A parsed text: value, line of every key path, paths left empty, problems that did not stop the parsing.
+
+    suspect  whether keys and values are searched for secrets
+    """
 
     value: Any = None
     lines: dict[Key, int] = field(default_factory=dict)
     empty: set[Key] = field(default_factory=set)
     problems: list[tuple[int, str]] = field(default_factory=list)
+    suspect: bool = True
 
 
 class _Reader(yaml.SafeLoader):
@@ -103,7 +108,8 @@ def parse(text: str) -> Tree:
         raise YamlProblem(line, f"not valid YAML: character U+{error.character:04X} is not allowed") from None
     except (ValueError, OverflowError, RecursionError, yaml.YAMLError):
         raise YamlProblem(None, "not valid YAML: an escape or a number in it is out of range") from None
-    tree = Tree()
+    # one look at the whole text: value by value takes as long as the parsing; only an escape could hide a secret here
+    tree = Tree(suspect="\\" in text or secret_in(text) is not None)
     if node is not None:
         tree.lines[()] = node.start_mark.line + 1
         tree.value = _value(node, (), tree)
@@ -130,6 +136,7 @@ def _mapping(node: yaml.MappingNode, path: Key, tree: Tree) -> dict[str, Any]:
             tree.problems.append((line, "a key is a list or a mapping; keys are plain words"))
             continue
         key = key_node.value
+        _refuse_secret("the key", key, key_node, tree)
         here = (*path, key)
         if key in result:
             tree.problems.append((line, f"{key_text(here)}: written twice, first in line {tree.lines[here]}; keep one"))
@@ -151,10 +158,15 @@ def _scalar(node: yaml.Node, tree: Tree) -> Any:
     wrong = next((char for char in text if char == "\0" or "\ud800" <= char <= "\udfff"), None)
     if wrong is not None:
         tree.problems.append((node.start_mark.line + 1, f"the text holds the character U+{ord(wrong):04X}; remove it"))
-    if _TOKEN.search(text):
-        said = "the value looks like an access token; remove it and log in with `hf auth login`"
-        tree.problems.append((node.start_mark.line + 1, said))
+    _refuse_secret("the value", text, node, tree)
     return text
+
+
+def _refuse_secret(what: str, text: str, node: yaml.Node, tree: Tree) -> None:
+    """A config is copied into each run's folder and shared with its result: no token may get that far."""
+    found = secret_in(text) if tree.suspect else None
+    if found is not None:
+        tree.problems.append((node.start_mark.line + 1, f"{what} {found}; {ADVICE}"))
 
 
 def _number(text: str, kind: str) -> int | float | str:

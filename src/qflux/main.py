@@ -16,6 +16,7 @@ from qflux.config import Config, load_config
 from qflux.errors import BUG, DONE, Interrupted, QfluxError, UserError
 from qflux.io.atomic import disk_error
 from qflux.io.progress import say, speak_as, speaker
+from qflux.io.secrets import ADVICE, redacted_output, secret_in
 from qflux.runtime.signals import StopSignal, die_with_parent
 from qflux.trainer.early import NO_MASKS, early_problems, scan_all, scan_held_out
 
@@ -69,6 +70,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     bad = [word for word in args.overrides if "=" not in word]
     if bad:
         parser.error(f"found {' '.join(bad)}, expected overrides of the form key.path=value")
+    words = (value for name, value in vars(args).items() if name != "overrides")  # of those the config tells
+    secret = next((found for word in words if (found := secret_in(str(word)))), None)
+    if secret is not None:
+        parser.error(f"a word of the command line {secret}; {ADVICE}")
     if "" in (args.push, args.export, args.memory):
         parser.error("--push, --export and --memory need a value, found an empty one")
     reading = args.sample or args.check or args.export or args.push
@@ -176,6 +181,14 @@ def refuse_other_kind(config: Config, trainer_class: type[BaseTrainer], found: s
     )
 
 
+def opening(config: Config, args: argparse.Namespace) -> str:
+    """The first line: what was understood, of which file."""
+    what = f"training to step {config.train.max_train_steps}"
+    if args.cache:
+        what = f"cache {args.care}" if args.care else "caching"
+    return f"{config.train.trainer}: {'drawing samples' if args.sample else what}, by {args.config}"
+
+
 def run(args: argparse.Namespace, stop: StopSignal) -> int:
     """One mode, from a valid config on; the config is read before anything heavy is imported."""
     config = load_config(args.config, args.overrides)
@@ -190,6 +203,7 @@ def run(args: argparse.Namespace, stop: StopSignal) -> int:
     problems = early_problems(config, trainer_class.family) + found
     if problems:
         raise UserError(*problems)
+    say(opening(config, args))  # what follows imports torch, which takes seconds
     from qflux.models.loading import resolve_model, torch_dtype
     from qflux.models.memory_rules import stored_problems
     from qflux.models.model_folder import model_class, needed_components
@@ -242,7 +256,12 @@ def tell(error: QfluxError) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run and turn expected failures into one line and an exit code."""
+    """Run and turn expected failures into one line and an exit code; no secret is printed on the way."""
+    with redacted_output():
+        return _main(argv)
+
+
+def _main(argv: Sequence[str] | None) -> int:
     if die_with_parent():  # torch's C++ warnings are for its developers, and each process would print them
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     speak_as(int(os.environ.get("RANK", "0")), met=False)

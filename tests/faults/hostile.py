@@ -110,6 +110,15 @@ def headers() -> dict[str, bytes]:
         "metadata-deep": tensors(f'{{"__metadata__":{{"x":{"[" * 5000}{"]" * 5000}}},"a":{one}}}'.encode()),
         "not-a-number": tensors(f'{{"a":{one.replace("[16]", "[NaN]")}}}'.encode()),
         "infinity": tensors(f'{{"a":{one.replace("64]", "Infinity]")}}}'.encode()),
+        "html": b"<!DOCTYPE html>" + bytes(64),
+        **offsets(),
+        **shapes(),
+    }  # fmt: skip
+
+
+def offsets() -> dict[str, bytes]:
+    """Kind → a file whose tensors do not lie where they can."""
+    return {
         "overlap": tensors({"a": entry(), "b": entry()}),
         "overlap-in-part": tensors({"a": entry(0, 40, (10,)), "b": entry(24, 64, (10,))}),
         "gap": tensors({"a": entry(0, 16, (4,)), "b": entry(32, 64, (8,))}),
@@ -118,6 +127,12 @@ def headers() -> dict[str, bytes]:
         "bytes-missing": tensors({"a": entry()}, bytes(60)),
         "backwards": tensors({"a": entry(64, 0)}),
         "negative-offset": tensors({"a": entry(-64, 0)}),
+    }  # fmt: skip
+
+
+def shapes() -> dict[str, bytes]:
+    """Kind → a file with a tensor of a shape, a dtype or keys that cannot be."""
+    return {
         "negative-side": tensors({"a": entry(shape=(-16,))}),
         "two-negative-sides": tensors({"a": entry(shape=(-4, -4))}),
         "overflow": tensors({"a": entry(shape=(1 << 62, 4))}),
@@ -138,7 +153,6 @@ def headers() -> dict[str, bytes]:
         "no-shape": tensors({"a": {"dtype": "F32", "data_offsets": [0, 64]}}),
         "one-key-more": tensors({"a": entry(code="x")}),
         "entry-a-list": tensors({"a": [1]}),
-        "html": b"<!DOCTYPE html>" + bytes(64),
     }  # fmt: skip
 
 

@@ -129,6 +129,7 @@ def hubs() -> Iterator[Case]:
     yield case("tar", "is a data set of the kind|cannot be opened", "parquet", packed)
     yield case("row-outside", "outside of the data set", "parquet", {table: rows("/etc/hostname")})
     yield case("row-climbs", "outside of the data set", "parquet", {table: rows("../elsewhere/a.png")})
+    yield case("row-of-other-types", "cannot be read", "parquet", {table: rows("a.png", typed=False)})
 
 
 def archive() -> bytes:
@@ -142,12 +143,14 @@ def archive() -> bytes:
     return stream.getvalue()
 
 
-def rows(path: str) -> bytes:
-    """A parquet file with one row whose picture is a path."""
+def rows(path: str, typed: bool = True) -> bytes:
+    """A parquet file with one row whose picture is a path; ``typed`` as a picture's column is."""
     import pyarrow
     import pyarrow.parquet
 
-    table = pyarrow.table({"target_image": [{"bytes": None, "path": path}], "prompt": ["x"]})
+    kind = pyarrow.struct({"bytes": pyarrow.binary() if typed else pyarrow.null(), "path": pyarrow.string()})
+    pictures = pyarrow.array([{"bytes": None, "path": path}], kind)
+    table = pyarrow.table({"target_image": pictures, "prompt": ["x"]})
     stream = io.BytesIO()
     pyarrow.parquet.write_table(table, stream)
     return stream.getvalue()

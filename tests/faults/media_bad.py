@@ -6,7 +6,7 @@ import io
 import os
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -28,10 +28,12 @@ def cut() -> Iterator[Case]:
         for part in (0, 1, 9, 40, len(data) // 3, len(data) * 2 // 3):
             yield Case(f"cut-{suffix}-{part}", {f"a.{suffix}": data[:part]}, DAMAGED)
     strangers = {
-        "text": b"hello", "html": b"<html><body>404</body></html>", "pdf": b"%PDF-1.4\n%", "zip": b"PK\3\4" + b"\0" * 60,
+        "text": b"hello", "html": b"<html><body>404</body></html>", "pdf": b"%PDF-1.4\n%",
+        "zip": b"PK\3\4" + bytes(60),
         "svg": b'<svg xmlns="http://www.w3.org/2000/svg"/>', "postscript": b"%!PS-Adobe-3.0 EPSF-3.0\n", "heic": HEIF,
         "gzip": b"\x1f\x8b\x08" + b"\0" * 50, "pickle": b"\x80\x04\x95" + b"\0" * 50, "zeros": bytes(4096),
-        "psd": b"8BPS\0\1" + b"\0" * 90, "git-lfs": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
+        "psd": b"8BPS\0\1" + b"\0" * 90,
+        "git-lfs": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
     }  # fmt: skip
     for name, data in strangers.items():
         yield Case(f"{name}-named-png", {"a.png": data}, DAMAGED)
@@ -158,7 +160,7 @@ def places() -> Iterator[Case]:
     """Links, folders and pipes in place of pictures, and pictures of one stem."""
     data = encoded(scene())
 
-    def link(to: str, name: str = "a.png") -> object:
+    def link(to: str, name: str = "a.png") -> Callable[[Path], None]:
         def make(folder: Path) -> None:
             (folder.parent / "private.png").write_bytes(data)
             (folder.parent / "private.txt").write_bytes(b"a private text")
@@ -171,8 +173,12 @@ def places() -> Iterator[Case]:
     yield Case("link-out", make=link("../private.png"), reason=OUT)
     yield Case("link-out-absolute", make=link("/etc/hostname"), reason=OUT)
     yield Case("link-to-device", make=link("/dev/zero"), reason="found no file|found a link to nothing")
-    yield Case("caption-link-out", {"a.png": data, "b.png": data}, OUT,
-               make=lambda folder: (link("../private.txt", "c.txt")(folder), (folder / "c.png").write_bytes(data)))  # fmt: skip
+
+    def caption(folder: Path) -> None:
+        link("../private.txt", "c.txt")(folder)
+        (folder / "c.png").write_bytes(data)
+
+    yield Case("caption-link-out", make=caption, reason=OUT)
     yield Case("folder-named-png", make=lambda folder: (folder / "a.png").mkdir(), reason="found no file")
     yield Case("pipe-named-png", make=lambda folder: os.mkfifo(folder / "a.png"), reason="found no file")
     yield Case("stems-clash", {"a.png": data, "a.jpg": encoded(scene(), "JPEG")}, "found the same stem as a.jpg")

@@ -112,9 +112,10 @@ def test_pixels_are_exact(checked: Checked, case: Case) -> None:
 def test_silent_damage_gives_pixels_or_a_line(checked: Checked, case: Case) -> None:
     (name,) = [name for name in case.files if not name.endswith(".txt")]
     try:
-        assert load_rgb(ImageRef.from_path(checked.root / case.name / name)).mode == "RGB"
+        found = load_rgb(ImageRef.from_path(checked.root / case.name / name)).mode
     except UserError as error:
-        assert len(str(error).splitlines()) == 1
+        found = str(error)
+    assert found == "RGB" or len(found.splitlines()) == 1
 
 
 def test_a_link_inside_the_data_set_is_followed(tmp_path: Path) -> None:

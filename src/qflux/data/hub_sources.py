@@ -123,15 +123,29 @@ def read_hub(source: Path | str, split: str = "train", revision: str | None = No
     needed = [columns.target, *columns.controls, columns.mask, columns.prompt, columns.id]
     table = dataset.with_format("arrow").select_columns([name for name in needed if name])
     reader = _Reader(table, columns, f"{source}[{split}]", _roots(source))
-    for row, cells in enumerate(_cells(table)):
-        try:
-            found.records.append(reader.record(row, cells))
-            filled = [bool(cells[name]) for name in columns.controls]
-            if filled != sorted(filled, reverse=True):
-                found.gaps.append(found.records[-1].label)
-        except UserError as error:
-            found.problems += error.problems
+    try:
+        for row, cells in enumerate(_cells(table)):
+            _add(found, reader, row, cells)
+    except _arrow_errors() as error:
+        reason = " ".join(str(error).split())[:200]
+        found.problems.append(f"data.dataset_path: {source} cannot be read ({reason}); use the data set's image type")
     return finish(found)
+
+
+def _add(found: Found, reader: _Reader, row: int, cells: dict[str, Any]) -> None:
+    try:
+        found.records.append(reader.record(row, cells))
+        filled = [bool(cells[name]) for name in reader.columns.controls]
+        if filled != sorted(filled, reverse=True):
+            found.gaps.append(found.records[-1].label)
+    except UserError as error:
+        found.problems += error.problems
+
+
+def _arrow_errors() -> tuple[type[Exception], ...]:
+    import pyarrow
+
+    return pyarrow.ArrowException, KeyError
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from qflux.io import atomic
+from qflux.io.secrets import redact
 from qflux.runtime.charts import Line, Point, line_chart, number, smoothed
 from qflux.runtime.run_folder import read_record
 from qflux.runtime.tracking import METRICS, read_metrics
@@ -99,7 +100,7 @@ def _head(run_dir: Path, record: Mapping[str, Any], metrics: Sequence[Mapping[st
         state, kind = "running, or ended without a word", ""
     else:
         state, kind = _ENDS.get(code, f"interrupted (exit code {code})"), "good" if code == 0 else "bad"
-    reason = record.get("reason") or ""
+    reason = redact(record.get("reason") or "")
     shown = escape(f"{state}: {reason}" if reason and reason != state else state)
     tiles = [("optimizer steps", f"{number(reached)} of {number(record.get('max_train_steps', reached))}")]
     losses = smoothed(_points(metrics, "loss"))

@@ -24,6 +24,7 @@ from qflux.io import atomic
 from qflux.io.faults import reach
 from qflux.io.locks import hold
 from qflux.io.progress import say
+from qflux.io.secrets import redact
 from qflux.runtime.checkpoint import (
     MANIFEST,
     find_checkpoint,
@@ -83,7 +84,7 @@ class RunFolder:
         if self.follower:
             return
         try:
-            self.record.update(exit_code=exit_code, reason=reason, step=step)
+            self.record.update(exit_code=exit_code, reason=redact(reason), step=step)
             self._release()
             _write_record(self.path, self.record)
         finally:

@@ -22,6 +22,7 @@ from qflux.models.loading import component_identity, free
 from qflux.models.memory_rules import method_of, package_of
 from qflux.randomness import Purpose, generator, uniform
 from qflux.trainer.early import memo_of, read_samples
+from qflux.trainer.memory import advised
 from qflux.types import EditSample, EncodedSample, EncodeStage, SampleSpec
 from qflux.validation.validation_sampler import classifier_free
 
@@ -31,6 +32,10 @@ if TYPE_CHECKING:
     from qflux.trainer.base_trainer import BaseTrainer
 
 REPAIR_PATIENCE = 600.0  # seconds that a process waits for another one that repairs the cache
+OUT_OF_MEMORY = (
+    "model.quantize_text_encoders and a smaller data.target_size take less; what is encoded is kept: run the same "
+    "command again"
+)
 RECIPE = 1  # raised when shared code makes other tensors of the same inputs than before
 
 
@@ -250,7 +255,7 @@ def build_cache(trainer: BaseTrainer, stop: StopSignal) -> None:
     from qflux.trainer.sampling import validation_samples
     from qflux.trainer.setup import joined, open_datasets
 
-    with joined(trainer, network=False):
+    with joined(trainer, network=False), advised(OUT_OF_MEMORY):
         cache = cache_manager(trainer, memo_of(trainer.config))
         datasets = open_datasets(trainer)
         stop.eager = False

@@ -35,6 +35,7 @@ from qflux.trainer import setup
 from qflux.trainer.early import NO_MASKS, memo_of
 from qflux.trainer.encoding import SampleReader, ensure_cached
 from qflux.trainer.finite import FiniteWatch, refuse_non_finite
+from qflux.trainer.memory import shortage
 from qflux.trainer.sampling import Validation
 from qflux.trainer.state import Weights, collect, read_weights
 from qflux.types import Batch, Step
@@ -171,14 +172,15 @@ def _fit(trainer: BaseTrainer, opened: Opened, stop: StopSignal) -> None:
         run = build_run(trainer, opened, stop)
         _train(run)
         code, reason = DONE, "done"
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if not _out_of_memory(error):
+    except (MemoryError, RuntimeError) as error:
+        said = shortage(error)
+        if said is None:
             found = opened.place.group.explained()  # a collective breaks when the process at its other end is gone
             if found is None:
                 raise
             code, reason = found.exit_code, str(found)
             raise found from error
-        code, reason = RunStopped.exit_code, f"out of memory: {error}".splitlines()[0]
+        code, reason = RunStopped.exit_code, said
         if run is not None:
             run.rescue(error)
         raise RunStopped(f"{reason}; {OUT_OF_MEMORY}") from error
@@ -217,11 +219,6 @@ def _close(run: Run | None, folder: RunFolder, main: bool, code: int, reason: st
             say(f"{folder.path / RECORD} does not tell how the run ended: {error}")
             unwritten = error
     return unwritten
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed; the CPU's allocator says so only in words."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def _report(folder: Path, end: dict[str, Any]) -> NoSpace | None:

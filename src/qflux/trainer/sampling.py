@@ -18,6 +18,7 @@ from qflux.runtime.checkpoint import drawn_weights, find_checkpoint, verify_chec
 from qflux.runtime.tracking import METRICS, read_metrics
 from qflux.trainer.early import memo_of, read_samples
 from qflux.trainer.encoding import cache_manager, drawn_specs, fill_cache, text_stages
+from qflux.trainer.memory import advised
 from qflux.trainer.state import Weights
 from qflux.types import EditSample
 from qflux.validation.comparison import encode_texts
@@ -38,6 +39,10 @@ if TYPE_CHECKING:
     from qflux.trainer.base_trainer import BaseTrainer
     from qflux.trainer.encoding import SampleReader
 
+OUT_OF_MEMORY = (
+    "--plan --memory 24GB names the first change that fits a card; model.quantize, train.offload_blocks and a smaller "
+    "size in logging.validation.samples take less"
+)
 TextSample = tuple[EditSample, dict[str, torch.Tensor]]
 Made = TypeVar("Made")
 
@@ -152,7 +157,7 @@ def draw_samples(trainer: BaseTrainer, stop: StopSignal, checkpoint: str | None,
 
     check_steps(trainer)
     check_blocks(trainer)
-    with joined(trainer) as place:
+    with joined(trainer) as place, advised(OUT_OF_MEMORY):
         return _draw_samples(trainer, place, stop, checkpoint, out)
 
 
