@@ -14,6 +14,7 @@ import sys
 import time
 import zipfile
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,7 @@ def entry(start: int = 0, end: int = 64, shape: Any = (16,), dtype: Any = "F32",
             "data_offsets": [start, end], **more}  # fmt: skip
 
 
+@cache
 def headers() -> dict[str, bytes]:
     """Kind → a safetensors file whose header lies; none is fine."""
     one = json.dumps(entry())
@@ -156,6 +158,7 @@ def shapes() -> dict[str, bytes]:
     }  # fmt: skip
 
 
+@cache
 def trees() -> dict[str, bytes]:
     """Kind → JSON text that is none, or that fills the memory."""
     return {
@@ -194,6 +197,21 @@ def watch(result: str) -> None:
             Path(WATCHED["result"]).write_text(json.dumps(told))
 
     module.run = run
+
+
+def disarm(result: str, guard: str) -> None:
+    """In a child: as ``watch``, with a guard taken out."""
+    from qflux.data import tables
+    from qflux.io import json_files
+    from qflux.models import model_folder
+
+    watch(result)
+    if guard == "places":
+        tables.is_inside = lambda path, roots: True  # type: ignore[assignment]
+    elif guard == "counts":
+        json_files._CONTAINERS = 1 << 40
+    elif guard == "shards":
+        model_folder.shard_names = lambda index: []  # type: ignore[assignment]
 
 
 def series(words: str) -> None:

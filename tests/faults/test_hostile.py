@@ -44,11 +44,12 @@ class Victim:
         folder = self.root / "cases" / str(self.count)
         return folder, case.argv(folder, self.base)
 
-    def run(self, case: Case) -> Outcome:
-        """Exit code, what was said, and what it cost."""
+    def run(self, case: Case, without: str | None = None) -> Outcome:
+        """Exit code, what was said, and what it cost; ``without`` one of the guards."""
         folder, words = self.words(case)
         result = folder / "cost.json"
-        done = self.nursery.run(words, self.root, prepare=hostile.watch, args=[result])
+        prepare, args = (hostile.disarm, [result, without]) if without else (hostile.watch, [result])
+        done = self.nursery.run(words, self.root, prepare=prepare, args=args)
         return done.code, done.said, json.loads(result.read_text())
 
     def run_all(self, cases: Sequence[Case]) -> dict[str, Outcome]:
@@ -111,6 +112,21 @@ def test_the_pickles_would_fire(tmp_path: Path) -> None:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_each_is_refused(victim: Victim, case: Case) -> None:
     judge(victim, case, victim.run(case))
+
+
+GUARDS = {
+    "places": "csv-path_target-link",
+    "counts": "adapter-many-lists",
+    "shards": "index-transformer-.._evil.safetensors",
+}
+
+
+@pytest.mark.parametrize("guard", GUARDS)
+def test_without_its_guard_a_file_would_pass(victim: Victim, guard: str) -> None:
+    case = next(case for case in CASES if case.name == GUARDS[guard])
+    outcome = victim.run(case, guard)
+    with pytest.raises(AssertionError):
+        judge(victim, case, outcome)
 
 
 @pytest.fixture(scope="module")
