@@ -83,7 +83,7 @@ def checkpoints() -> Iterator[Case]:
     for kind in ("framed", "torch"):
         yield case(f"adapter-{kind}", CONVERT, {ADAPTER: kind})
         yield case(f"optimizer-{kind}", CONVERT, {"optimizer.safetensors": kind})
-    for kind in ("overlap", "deep", "negative-side", "many-lists", "gap", "twice"):
+    for kind in ("overlap", "deep", "negative-side", "many-objects", "gap", "twice"):
         yield case(f"adapter-{kind}", HEADER, {ADAPTER: headers()[kind]})
         yield case(f"optimizer-{kind}", HEADER, {"optimizer.safetensors": headers()[kind]})
     yield case("adapter-other", "0 of", {ADAPTER: tensors({"a": entry()})})

@@ -124,7 +124,7 @@ def adapters() -> Iterator[Case]:
             yield Case(f"export-{kind}-{suffix}", _adapter(kind, suffix, export=True), CONVERT, [])
     for name, data in headers().items():
         yield Case(f"adapter-{name}", _file("a.safetensors", data, f"{LORA}={{}}"), HEADER)
-    for name in ("length-huge", "deep", "overlap", "many-lists", "twice", "large"):
+    for name in ("length-huge", "deep", "overlap", "many-objects", "twice", "large"):
         made = _file("a.safetensors", headers()[name], "--export", "kohya", "--adapter", "{}")
         yield Case(f"export-{name}", made, HEADER, [])
     for name, text in {
@@ -170,13 +170,17 @@ def models() -> Iterator[Case]:
         made = _model({}, {f"{component}/{name}": "framed"})
         yield Case(f"model-{component}-misnamed", made, CONVERT)
         for inner in (
-            "../evil.safetensors",
-            "/etc/hostname",
-            "evil.bin",
-            "a\\\\b.safetensors",
-            "..",
-            "",
-            "sub/a.safetensors",
+            ()
+            if component in ("vae", "text_encoder")
+            else (
+                "../evil.safetensors",
+                "/etc/hostname",
+                "evil.bin",
+                "a\\\\b.safetensors",
+                "..",
+                "",
+                "sub/a.safetensors",
+            )
         ):
             index = json.dumps({"metadata": {}, "weight_map": {"a": inner}}).encode()
             made = _model({f"{component}/{name}.index.json": index}, {f"{component}/evil.bin": "framed"})
@@ -186,22 +190,19 @@ def models() -> Iterator[Case]:
         yield Case(
             f"adapter-beside-{component}", _model({f"{component}/adapter_config.json": b"{}"}), "would load another"
         )
-    for name in ("length-huge", "overlap", "gap", "deep", "many-lists", "twice", "negative-side", "overflow", "large"):
+    for name in ("length-huge", "overlap", "gap", "deep", "many-objects", "twice", "negative-side", "overflow", "large"):
         for component in ("transformer", "text_encoder_2"):
             made = _model({f"{component}/{WEIGHTS[component]}": headers()[name]})
             yield Case(f"model-{component}-{name}", made, HEADER)
     for name, data in trees().items():
-        for file in (
-            "model_index.json",
-            "transformer/config.json",
-            "text_encoder/config.json",
-            "scheduler/scheduler_config.json",
-        ):
-            if name != "twice" or file != "model_index.json":
-                yield Case(f"json-{file.replace('/', '-')}-{name}", _model({file: data}), r"\.json")
-        for component in ("transformer", "text_encoder_2"):
-            made = _model({f"{component}/{WEIGHTS[component]}.index.json": data})
-            yield Case(f"index-{component}-{name}", made, r"index\.json")
+        for file in ("model_index.json", "text_encoder/config.json"):
+            yield Case(f"json-{file.replace('/', '-')}-{name}", _model({file: data}), r"\.json")
+        made = _model({f"transformer/{WEIGHTS['transformer']}.index.json": data})
+        yield Case(f"index-transformer-{name}", made, r"index\.json")
+    for name in ("deep", "pickle", "half", "list"):
+        for file in ("tokenizer_2/tokenizer.json", "tokenizer_2/tokenizer_config.json"):
+            made = _model({file: trees()[name]}, cache=True)
+            yield Case(f"{file.replace('/', '-')}-{name}", made, "tokenizer_2", ["--cache"])
     for name, changes, found in (
         ("kernel", {"attn_implementation": "evil/kernel"}, "code of others"),
         ("kernel-inside", {"text_config": {"_attn_implementation": "evil/kernel@main"}}, "code of others"),
@@ -212,10 +213,13 @@ def models() -> Iterator[Case]:
     yield Case("settings-many-layers", _settings("transformer", {"num_layers": 1_000_000}), "at most 1000 are built")
 
 
-def _model(changes: dict[str, bytes | None], bad: dict[str, str] | None = None) -> Callable[[Path, Base], list[object]]:
+def _model(
+    changes: dict[str, bytes | None], bad: dict[str, str] | None = None, cache: bool = False
+) -> Callable[[Path, Base], list[object]]:
     def make(folder: Path, base: Base) -> list[object]:
         evil = {name: pickles(base.canary)[kind] for name, kind in (bad or {}).items()}
-        return [f"{MODEL}={linked(base.model, folder / 'model', {**changes, **evil})}"]
+        model = linked(base.model, folder / "model", {**changes, **evil})
+        return [f"{MODEL}={model}", *([f"cache.cache_dir={folder / 'cache'}"] if cache else [])]
 
     return make
 

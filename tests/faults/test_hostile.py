@@ -116,7 +116,7 @@ def test_each_is_refused(victim: Victim, case: Case) -> None:
 
 GUARDS = {
     "places": "csv-path_target-link",
-    "counts": "adapter-many-lists",
+    "counts": "adapter-many-objects",
     "shards": "index-transformer-.._evil.safetensors",
 }
 
