@@ -82,12 +82,14 @@ class ModelConfig(Section):
     )
     revision: Text | None = Field(default=None, description="branch, tag or commit on the hub; null = its default")
     quantize: Annotated[
-        Literal[False] | QuantizeMethod, BeforeValidator(quantize_method, json_schema_input_type=bool | QuantizeMethod)
+        Literal[False] | QuantizeMethod,
+        BeforeValidator(quantize_method, json_schema_input_type=bool | QuantizeMethod | None),
     ] = Field(default=False, description="number format of the frozen base's blocks; true = quanto-fp8, false = none")
     quantize_text_encoders: Annotated[
         Literal[False] | QuantizeMethod | dict[str, Literal[False] | QuantizeMethod],
         BeforeValidator(
-            quantize_methods, json_schema_input_type=bool | QuantizeMethod | dict[str, bool | QuantizeMethod]
+            quantize_methods,
+            json_schema_input_type=bool | QuantizeMethod | None | dict[str, bool | QuantizeMethod | None],
         ),
     ] = Field(default=False, description="the same for all text encoders, or component: method for each")
     lora: LoraConfig | None = Field(
@@ -273,10 +275,12 @@ class ValidationConfig(Section):
     samples: tuple[ValidationSample, ...] = Field(default=(), description="pictures to draw")
     seed: Seed = Field(default=42, description="picture i is drawn from noise of seed + i")
     num_inference_steps: Positive = Field(default=28, description="denoising steps per picture")
-    guidance_scale: Annotated[float, WrapValidator(filled_later, json_schema_input_type=NotNegative | None)] = Field(
-        default_factory=_unset,
-        json_schema_extra={"default": None},
-        description="guidance of the official pipeline; null = train.guidance_scale",
+    guidance_scale: Annotated[NotNegative, WrapValidator(filled_later, json_schema_input_type=NotNegative | None)] = (
+        Field(
+            default_factory=_unset,
+            json_schema_extra={"default": None},
+            description="guidance of the official pipeline; null = train.guidance_scale",
+        )
     )
     held_out: Annotated[
         tuple[DatasetEntry, ...] | None,

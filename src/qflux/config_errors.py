@@ -99,10 +99,14 @@ def edit_distance(left: str, right: str) -> int:
     return rows[-1][-1]
 
 
+def _bare(word: str) -> str:
+    return word.lower().replace("-", "_")
+
+
 def nearest(word: str, candidates: Sequence[str]) -> str | None:
     """The candidate that ``word`` most likely stands for, or None; one edit in three letters is too far."""
-    word = word[:60].lower().replace("-", "_")
-    scored = [(edit_distance(word, name.lower()), position, name) for position, name in enumerate(candidates)]
+    word = _bare(word[:60])
+    scored = [(edit_distance(word, _bare(name)), position, name) for position, name in enumerate(candidates)]
     close = [entry for entry in scored if entry[0] <= max(1, min(len(word), len(entry[2])) // 3)]
     return min(close)[2] if close else None
 
@@ -161,11 +165,16 @@ def _expected(key: Key) -> str:
     return " or ".join(dict.fromkeys(said)) or "another value"
 
 
-def _advice(key: Key, value: Any) -> str:
+def _meant(key: Key, value: Any) -> str | None:
     choices = [name for option in _leaves(key) for name in option.get("enum", [])]
     close = nearest(value, choices) if isinstance(value, str) else None
-    if close:
-        return f"did you mean {close}?"
+    return f"did you mean {close}?" if close else None
+
+
+def _advice(key: Key, value: Any) -> str:
+    meant = _meant(key, value)
+    if meant:
+        return meant
     defaults = [schema["default"] for schema in _at(key) if "default" in schema]
     return f"the default is {show(defaults[0])}" if defaults else "correct the value"
 
@@ -233,5 +242,6 @@ def _how_to_write(key: Key) -> str:
 
 def _wrong(error: Any, key: Key, value: Any) -> str:
     if error["type"] in ("value_error", "below"):
-        return str(error.get("ctx", {}).get("error") or error["ctx"]["text"])
+        said, meant = str(error.get("ctx", {}).get("error") or error["ctx"]["text"]), _meant(key, value)
+        return f"{said}; {meant}" if meant else said
     return f"expected {_expected(key)}; {_advice(key, value)}"

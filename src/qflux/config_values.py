@@ -140,7 +140,7 @@ def checkpointing(value: Any) -> Any:
 
 def quantize_method(value: Any) -> Any:
     """true is ``quanto-fp8``, false and null are none."""
-    if value in (False, None):
+    if value is None or value is False:
         return False
     if value is True:
         return "quanto-fp8"

@@ -30,6 +30,7 @@ from qflux.config_yaml import key_text
 from qflux.old_layout import RULES
 
 SCHEMA = config_schema()
+BYTES = 80  # of which a case is made; where they end, choices are the first ones
 Key = tuple[str, ...]
 Node = dict[str, Any]  # names to nodes or to what was written
 
@@ -359,7 +360,9 @@ SAME_TEXTS: list[Callable[[bytes], bytes]] = [
 
 
 def hurt_case(dice: Dice) -> Case:
-    """A file that is damaged: in a way that must be noticed, or by other bytes in its middle."""
+    """A file that is damaged, in a way that must be noticed or by other bytes in its middle; or one of any bytes."""
+    if dice.below(8) == 1:
+        return Case(bytes(dice.below(256) for _ in range(dice.below(BYTES // 2))))
     text = file_case(dice).text
     if dice.below(3) == 0:
         return Case(dice.of(REFUSED_TEXTS)(text), must_refuse=True)

@@ -13,16 +13,19 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from faults.config_cases import (
+    BYTES,
     KEYS,
     LISTED,
     LISTS,
     Case,
     Dice,
     Key,
+    branches,
     file_case,
     hurt_case,
     other_spelling,
     override_case,
+    quoted,
     wrong_keys,
 )
 from faults.config_words import PICTURE
@@ -34,7 +37,6 @@ from qflux.config_errors import suggest
 from qflux.config_yaml import key_text
 from qflux.errors import UserError
 
-BYTES = 80  # of which a case is made; cases that need more end with first choices
 OLD = "has the layout of an earlier version"
 FILLED = {"lora_alpha", "guidance_scale", "cache_dir"}  # null stands for a value that another key has
 MEANT = {True: ("quanto-fp8", "full"), False: ("none",)}
@@ -76,6 +78,7 @@ def judge(folder: Path, case: Case, tally: Tally) -> None:
     """Read a case and compare; AssertionError where what came of it is not what it says."""
     config, problems, spent = read(folder, case)
     tally.count(config, spent)
+    tally.keys.update(key_text(key) for key in KEYS if _written(case.tree, key))
     assert all(line and line.isprintable() for line in problems), problems
     if config is None:
         assert problems
@@ -85,13 +88,13 @@ def judge(folder: Path, case: Case, tally: Tally) -> None:
         return
     assert not case.must_refuse, f"loaded: {case}"
     if case.tree is not None and not case.strange:
-        tally.keys.update(key_text(key) for key in KEYS if _written(case.tree, key))
         wrong = list(wrong_keys(case.tree))
         assert not wrong, f"loaded with {wrong}"
         assert carried(case.tree, config.model_dump(mode="json")), f"{case.tree} became {config}"
-    again = folder / "again.yaml"
-    again.write_text(dump_config(config), encoding="utf-8")
-    assert load_config(again) == config
+    if tally.loaded % 8 == 0:  # a dump takes far longer than what is measured here
+        again = folder / "again.yaml"
+        again.write_text(dump_config(config), encoding="utf-8")
+        assert load_config(again) == config
 
 
 def _told(key: Key, problems: Sequence[str]) -> bool:
@@ -163,6 +166,24 @@ def typo_figure(every: int = 1, start: int = 0) -> tuple[int, list[tuple[str, st
             found = suggest((*parent, typo))
             if found != key_text((*parent, key[-1])):
                 wrong.append((key_text(key), typo, found))
+    return tried, wrong
+
+
+def value_typo_figure(folder: Path, every: int = 1, start: int = 0) -> tuple[int, list[tuple[str, str, str]]]:
+    """The same for the values of every key that takes one of some words, as the reader's message says it."""
+    file = folder / "typo.yaml"
+    file.write_text("model: {pretrained_model_name_or_path: a/b}\ndata: {dataset_path: a}\ntrain: {trainer: Any}\n")
+    tried, wrong = 0, []
+    for key, schema in KEYS.items():
+        words = [word for option in branches(schema) for word in option.get("enum", ())]
+        for word in words:
+            for typo in sorted(typos(word) - {*words})[start % every :: every]:
+                tried += 1
+                try:
+                    load_config(file, [f"{'.'.join(key)}={quoted(typo)}"])
+                except UserError as error:
+                    if f"did you mean {word}?" not in str(error):
+                        wrong.append((key_text(key), word, typo))
     return tried, wrong
 
 

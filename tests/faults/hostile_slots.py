@@ -190,7 +190,8 @@ def models() -> Iterator[Case]:
         yield Case(
             f"adapter-beside-{component}", _model({f"{component}/adapter_config.json": b"{}"}), "would load another"
         )
-    for name in ("length-huge", "overlap", "gap", "deep", "many-objects", "twice", "negative-side", "overflow", "large"):
+    kinds = ("length-huge", "overlap", "gap", "deep", "many-objects", "twice", "negative-side", "overflow", "large")
+    for name in kinds:
         for component in ("transformer", "text_encoder_2"):
             made = _model({f"{component}/{WEIGHTS[component]}": headers()[name]})
             yield Case(f"model-{component}-{name}", made, HEADER)

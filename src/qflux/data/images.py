@@ -51,6 +51,7 @@ _TURNS = {
 }
 _PROFILE_SPACES = {"RGB": "RGB ", "L": "GRAY", "CMYK": "CMYK"}
 _COUNTED = 1 << 20  # bytes of an animation whose frames are counted; some formats must be read through for it
+_STRIP = 256  # rows worked on at a time where a step needs several copies
 _ADVICE = "replace the file or leave it out"
 
 
@@ -123,14 +124,8 @@ def load_rgb(ref: ImageRef, background: Colour = (255, 255, 255)) -> Image.Image
     with _opened(ref, ref.read()) as opened:
         turn, profile = _orientation(opened), opened.info.get("icc_profile")
         image = _eight_bit(opened)
-        alpha = image.getchannel("A") if image.mode in ("RGBA", "LA") else None
-        if alpha is not None:
-            image = image.convert(image.mode[:-1])
-        image = _to_srgb(image, profile)
-        if alpha is not None:
-            image.putalpha(alpha)
-            image = Image.alpha_composite(Image.new("RGBA", image.size, (*background, 255)), image).convert("RGB")
-        return _turned(image, turn)
+        clear = image.mode in ("RGBA", "LA")
+        return _turned(_composited(image, profile, background) if clear else _to_srgb(image, profile), turn)
 
 
 def load_mask(ref: ImageRef) -> Image.Image:
@@ -139,8 +134,7 @@ def load_mask(ref: ImageRef) -> Image.Image:
         turn = _orientation(opened)
         image = _eight_bit(opened)
         if image.mode in ("RGBA", "LA"):
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
+            image = _composited(image, None, (0, 0, 0))
         return _turned(image.convert("L"), turn)
 
 
@@ -285,21 +279,40 @@ def _eight_bit(image: Image.Image) -> Image.Image:
 
 def _grey_from_integers(image: Image.Image) -> Image.Image:
     """Scale integer grey by its format's range, never by its content: the same grey stays the same in every file."""
-    values = np.asarray(image).astype(np.int64)
+    stored = np.asarray(image)
     bits, signed = 16, False
     tags = getattr(image, "tag_v2", None)
     if tags is not None:
         bits = int(tags.get(_BITS_TAG, (16,))[0])
         signed = tags.get(_SAMPLE_FORMAT_TAG, (1,))[0] == 2
-        if not signed:
-            values &= (1 << bits) - 1
-    if values.min() < 0:
-        raise ValueError("it holds negative values; save it as 8-bit or 16-bit grey")
-    grey = Image.fromarray((values >> (bits - signed - 8)).astype(np.uint8))
+    grey, opaque = np.empty(stored.shape, np.uint8), np.full(stored.shape, 255, np.uint8)
     clear = image.info.get("transparency")
+    for top in range(0, len(stored), _STRIP):
+        rows = slice(top, top + _STRIP)
+        values = stored[rows].astype(np.int64)
+        if tags is not None and not signed:
+            values &= (1 << bits) - 1
+        if values.min() < 0:
+            raise ValueError("it holds negative values; save it as 8-bit or 16-bit grey")
+        grey[rows] = values >> (bits - signed - 8)
+        if isinstance(clear, int):
+            opaque[rows][values == clear] = 0
+    made = Image.fromarray(grey)
     if isinstance(clear, int):
-        grey.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
-    return grey
+        made.putalpha(Image.fromarray(opaque))
+    return made
+
+
+def _composited(image: Image.Image, profile: bytes | None, background: Colour) -> Image.Image:
+    """An RGBA or LA picture on a colour, as RGB, in strips: whole copies of a large one would fill the memory."""
+    result = Image.new("RGB", image.size)
+    for top in range(0, image.height, _STRIP):
+        part = image.crop((0, top, image.width, min(top + _STRIP, image.height)))
+        shown = _to_srgb(part.convert(part.mode[:-1]), profile)
+        shown.putalpha(part.getchannel("A"))
+        base = Image.new("RGBA", part.size, (*background, 255))
+        result.paste(Image.alpha_composite(base, shown).convert("RGB"), (0, top))
+    return result
 
 
 def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
