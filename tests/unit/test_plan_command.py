@@ -21,10 +21,10 @@ from qflux.demo import DEMOS
 from qflux.errors import UserError
 from qflux.io.tensors import save_tensors
 from qflux.main import import_trainer, main, parse
+from qflux.models.memory_rules import CONTEXT
 from qflux.tools import plan_start
 from qflux.tools.plan import make_plan
 from qflux.tools.plan_data import UNREAD
-from qflux.tools.plan_phases import CONTEXT
 from qflux.tools.plan_start import check_plan, memory_to_fit
 from qflux.tools.plan_text import WIDTH
 from qflux.types import EncodeStage, Family
