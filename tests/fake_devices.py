@@ -3,7 +3,8 @@
 Every tensor lies on ``base`` and carries the device that it is said to be on: ``cpu`` computes real numbers, ``meta``
 shapes only, so that networks of any size run in seconds. As on real devices an operation on tensors of two of them
 fails where it stands, results lie where their operands do, and a copy is differentiable: its gradient travels back.
-Unlike a backend of its own nothing is registered with torch: outside of ``with`` all is as before.
+What is sent to the host without waiting is not there until somebody waits. Unlike a backend of its own nothing is
+registered with torch: outside of ``with`` all is as before.
 
     with FakeDevices("meta") as devices:
         model.to("cuda:1")
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -33,7 +35,7 @@ try:
 except (ImportError, AttributeError) as error:  # internals of torch, which may go
     MISSING = f"this torch lacks what stands in for devices: {error}"
 
-KIND = "cuda"
+KIND, MEMORY = "cuda", 2**36
 # Made by torch itself without an operand, such as the zeros of a gradient that is not there. On real devices it would
 # be where it is needed: it takes the first device it meets.
 _ANY = torch.device("meta", 0)
@@ -118,17 +120,19 @@ _LIES = _Lies()
 class FakeDevices:
     """Devices ``cuda:0``, ``cuda:1``, …, while inside; see the module.
 
+    known    how many ``torch.cuda`` tells of
     copies   all copies between accelerators so far
     current  index of the device that ``torch.cuda.set_device`` chose
     astray   names of operations on another device than that: kernels that ask for the current one would go wrong
     """
 
-    def __init__(self, base: str = "cpu") -> None:
-        self.base = torch.device(base)
+    def __init__(self, base: str = "cpu", known: int = 0) -> None:
+        self.base, self.known = torch.device(base), known
         self.computing = False  # in torch's own kernels, some of which are Python code and look at devices
         self.copies: list[Copy] = []
         self.current, self.astray = 0, list[tuple[str, str]]()
         self._phase, self._stack = "", ExitStack()
+        self._late: list[tuple[Tensor, Tensor]] = []  # on their way to the host: where to, what
 
     def __enter__(self) -> FakeDevices:
         functions, run = _Functions(self), getattr(torch.autograd, _BACKWARD)
@@ -142,8 +146,13 @@ class FakeDevices:
             *((Tensor, f"is_{kind}", property(self._is(kind))) for kind in (KIND, "cpu", "meta")),
             (Tensor, "to", lambda tensor, *args, **kwargs: self._to(tensor, *args, **kwargs)),
             (Tensor, "cpu", lambda tensor: self._to(tensor, "cpu")),
+            (Tensor, "pin_memory", lambda tensor: tensor),
             (torch.cuda, "set_device", self._choose),
             (torch.cuda, "current_device", lambda: self.current),
+            (torch.cuda, "device_count", lambda: self.known),
+            (torch.cuda, "mem_get_info", lambda device=None: (MEMORY, MEMORY)),
+            (torch.cuda, "synchronize", lambda device=None: self.wait()),
+            (torch.cuda, "Event", lambda: SimpleNamespace(record=lambda: None, synchronize=self.wait)),
             (torch._C, _GROUP, self._grouped),
             (torch.autograd, _BACKWARD, backward),
         ):
@@ -204,10 +213,30 @@ class FakeDevices:
                 device = value
             elif isinstance(value, torch.dtype):
                 rest.append(value)
-        kwargs.pop("non_blocking", None)
+        waits = not kwargs.pop("non_blocking", False)
         cast = _REAL_TO(tensor, *rest, **kwargs) if rest or kwargs else tensor
         target = self.of(tensor) if device is None else self.named(device)
-        return cast if target == self.of(cast) else _Copied.apply(cast, self, target)
+        if target == self.of(cast):
+            return cast
+        copied = _Copied.apply(cast, self, target)
+        if target.type == "cpu" and self.of(cast).type == KIND:
+            self.sent(copied, waits)
+        return copied
+
+    def sent(self, arrived: Tensor, waits: bool) -> None:
+        """Something went to the host: where nobody waits, ``arrived`` is another number until somebody does."""
+        if waits:
+            self.wait()
+            return
+        arrived = arrived.detach()
+        self._late.append((arrived, arrived.clone()))
+        arrived.copy_(arrived.logical_not())
+
+    def wait(self) -> None:
+        """All that was sent is there."""
+        late, self._late = self._late, []
+        for arrived, value in late:
+            arrived.copy_(value)
 
     def _choose(self, device: Any) -> None:
         self.current = device if isinstance(device, int) else torch.device(device).index
@@ -226,13 +255,15 @@ class FakeDevices:
                 if tensors:
                     into.append(tensors[index])
             places.append(index)
-        return groups
+        return dict(reversed(groups.items()))  # torch keeps no order
 
     def meet(self, name: str, operands: Sequence[Tensor]) -> torch.device | None:
         """The device of an operation; RuntimeError for operands of two."""
         device, first = None, None
         for tensor in operands:
             here = _LIES.get(tensor)
+            if here is None and device is not None and name in ("index", "index_put_"):
+                continue  # torch sends the indices after what they select
             if here is not _ANY and (tensor.dim() or here is not None):  # numbers on the host go with all devices
                 if first is not None and here != device:
                     told = [f"{list(one.shape)} on {self.of(one)}" for one in (first, tensor)]
@@ -283,6 +314,7 @@ class _Functions(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         device = kwargs.get("device")
+        kwargs.pop("pin_memory", None)
         if device is not None and self._devices.named(device).type == KIND:
             result = func(*args, **(kwargs | {"device": self._devices.base}))
             _LIES.put(result, self._devices.named(device))
@@ -304,8 +336,10 @@ class _Operators(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, name = kwargs or {}, func.overloadpacket.__name__
         if name == "copy_":
-            result = self._computed(func, args, kwargs)
-            self._devices.arrived(_LIES.get(args[1]), _LIES.get(args[0]), args[0])
+            result, (target, source) = self._computed(func, args, kwargs), map(_LIES.get, args[:2])
+            self._devices.arrived(source, target, args[0])
+            if source is not None and target is None:
+                self._devices.sent(args[0], not (args[2:] or [kwargs.get("non_blocking", False)])[0])
             return result
         rows = [(*args, *kwargs.values())]
         if name.startswith(("_foreach_", "_fused_")):  # many operations at once: each place of the lists is one

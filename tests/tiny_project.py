@@ -38,6 +38,7 @@ OUR_LINES = [
     r"plan: the disk holds .+ checkpoints? of .+",
     r"plan: that is one device with the whole network",
     r"split \(\w+\): .+; \d+ transfers a forward, .+",
+    r"\w+: (training to step \d+|caching|drawing samples|cache \w+), by \S+",
     r"run folder \S+",
     rf"(caching|checking cache|training|sampling [\w-]+) {_RATE}",
     r"cache: \d+ reused, \d+ encoded, \d+ repaired in \d+:\d\d:\d\d",

@@ -1,6 +1,8 @@
-"""``qflux.main`` with one fault: FAULT="rank kind place call", where kind is kill, stop or raise.
+"""``qflux.main`` with one fault: FAULT="rank kind place call".
 
-The process of that rank kills or stops itself, or raises, at the given call of a function of that place in the run.
+At the given call of a function of that place in the run the process of that rank does what ``kind`` says to itself
+(raise, or a signal: kill, stop, term) or to its launcher (launcher-term, launcher-kill). Where FAULT_AT names a file,
+the time of that is written there.
 """
 
 from __future__ import annotations
@@ -9,10 +11,14 @@ import faulthandler
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from qflux.main import main
+
+SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "term": signal.SIGTERM}
 
 
 def _place(name: str) -> tuple[Any, str]:
@@ -43,12 +49,20 @@ def arm(fault: str) -> None:
         nonlocal calls
         calls += 1
         if calls == int(call):
-            if kind == "raise":
-                raise ArithmeticError("a planted fault")
-            os.kill(os.getpid(), signal.SIGKILL if kind == "kill" else signal.SIGSTOP)
+            strike(kind)
         return original(*args, **kwargs)
 
     setattr(owner, name, faulty)
+
+
+def strike(kind: str) -> None:
+    """The fault itself."""
+    if os.environ.get("FAULT_AT"):
+        Path(os.environ["FAULT_AT"]).write_text(repr(time.time()))
+    if kind == "raise":
+        raise ArithmeticError("a planted fault")
+    target = os.getppid() if kind.startswith("launcher-") else os.getpid()
+    os.kill(target, SIGNALS[kind.removeprefix("launcher-")])
 
 
 if __name__ == "__main__":

@@ -4,77 +4,36 @@ from __future__ import annotations
 
 import re
 import signal
-import subprocess
 import time
-from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
-from tiny_project import ROOT, Outcome, Project, column, finish, record, wait_for
+from faulty_runs import LOST, ended, gone, launch, workers
+from tiny_project import Project, column, finish, record, wait_for
 
 from qflux.runtime.checkpoint import list_checkpoints, verify_checkpoint
 
-FAULTY = Path(__file__).with_name("faulty.py")
 LONG = "train.max_train_steps=400"
-
-
-def launch(project: Project, fault: str, *words: object, launcher: tuple[Any, ...] = ()) -> subprocess.Popen[str]:
-    """Two processes of the real command line, one of which has a fault."""
-    start = launcher or (
-        "-m", "accelerate.commands.launch", "--config_file", ROOT / "accelerate_configs" / "ddp.yaml",
-        "--main_process_port", "0",
-    )  # fmt: skip
-    words = ("--config", project.config, "train.checkpointing_steps=4", *words)
-    return project.spawn(*start, FAULTY, *words, FAULT=fault)
-
-
-def workers(process: subprocess.Popen[str]) -> list[psutil.Process]:
-    """The launcher's processes that run the faulty main."""
-    try:
-        children = psutil.Process(process.pid).children(recursive=True)
-        return [child for child in children if str(FAULTY) in child.cmdline()]
-    except psutil.Error:
-        return []
-
-
-def gone(found: list[psutil.Process]) -> bool:
-    """Whether none of the processes runs any more."""
-    return not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in found)
-
-
-def ended(process: subprocess.Popen[str]) -> Outcome:
-    """Wait for the end; nothing is left running."""
-    found: list[psutil.Process] = []
-
-    def all_there() -> bool:
-        found[:] = workers(process) or found
-        return len(found) == 2 or process.poll() is not None
-
-    wait_for(all_there)
-    done = finish(process, 120)
-    assert gone(found)
-    return done
 
 
 @pytest.mark.parametrize(
     ("fault", "where"),
     [
-        ("1 kill step 9", r"process 1 \(pid \d+ on \S+\), last seen in \w+, step \d+, is gone"),
-        ("0 kill step 9", r"process 0 \(pid \d+ on \S+\), last seen in \w+, step \d+, is gone"),
+        ("1 kill step 9", LOST.format(rank=1) + "is gone"),
+        ("0 kill step 9", LOST.format(rank=0) + "is gone"),
         ("1 raise step 9", r"process 1 failed in training, step \d+: ArithmeticError: a planted fault"),
         ("0 raise step 9", r"process 0 failed in training, step \d+: ArithmeticError: a planted fault"),
         ("1 raise save 2", r"process 1 failed in saving, step 8: ArithmeticError: a planted fault"),
         ("0 raise save 2", r"process 0 failed in saving, step 8: ArithmeticError: a planted fault"),
-        ("1 kill cache 3", r"process 1 \(pid \d+ on \S+\), last seen in \w+, step 0, is gone"),
+        ("1 kill cache 3", LOST.format(rank=1) + "is gone"),
         ("1 raise load 2", r"process 1 failed in \w+, step 0: ArithmeticError: a planted fault"),
-        ("1 stop step 9", r"process 1 \(pid \d+ on \S+\), last seen in \w+, step \d+, has given no sign of life"),
-        ("0 stop step 9", r"process 0 \(pid \d+ on \S+\), last seen in \w+, step \d+, has given no sign of life"),
+        ("1 stop step 9", LOST.format(rank=1) + "has given no sign of life"),
+        ("0 stop step 9", LOST.format(rank=0) + "has given no sign of life"),
     ],
 )
 def test_a_sick_process_ends_the_run(project: Project, fault: str, where: str) -> None:
-    own = f"cache.cache_dir={project.root / 'own'}"
-    done = ended(launch(project, fault, LONG, own, "train.peer_timeout=4"))
+    own = [f"cache.cache_dir={project.root / 'own'}", *(["train.peer_timeout=6"] if " stop " in fault else [])]
+    done = ended(launch(project, fault, LONG, *own))
     assert done.code != 0
     assert re.search(where, done.err), done.err
     if " step " in fault or " save " in fault:
@@ -89,7 +48,7 @@ def test_a_sick_process_ends_the_run(project: Project, fault: str, where: str) -
 
 def test_a_kill_is_noticed_within_seconds(project: Project) -> None:
     process = launch(project, "", LONG, "train.checkpointing_steps=100")
-    wait_for(lambda: list(project.root.glob("runs/tiny/v1/metrics.jsonl")), process=process)
+    wait_for(lambda: begun(project), process=process)
     found = workers(process)
     victim = next(child for child in found if child.environ()["RANK"] == "1")
     victim.send_signal(signal.SIGKILL)
@@ -106,17 +65,25 @@ def test_failed_pictures_do_not_end_the_run(project: Project) -> None:
     assert record(project.newest())["exit_code"] == 0
 
 
+def begun(project: Project) -> bool:
+    """Whether a step was logged: the file is there before."""
+    return any(path.stat().st_size for path in project.root.glob("runs/tiny/v1/metrics.jsonl"))
+
+
 def two_samples(project: Project) -> list[dict[str, Any]]:
     """Two pictures to draw: one a process."""
     return [{"prompt": "segment the shape", "controls": [str(project.data.control)]}] * 2
 
 
-def test_a_signal_to_the_launcher_saves_and_leaves_nobody(project: Project) -> None:
+@pytest.mark.parametrize("to_launcher", [True, False])
+def test_a_signal_to_one_saves_and_leaves_nobody(project: Project, to_launcher: bool) -> None:
+    """To the launcher, which passes it on, or to the second worker alone."""
     process = launch(project, "", LONG, "train.checkpointing_steps=100")
-    wait_for(lambda: list(project.root.glob("runs/tiny/v1/metrics.jsonl")), process=process)
+    wait_for(lambda: begun(project), process=process)
     found = workers(process)
     assert len(found) == 2
-    process.send_signal(signal.SIGTERM)
+    second = next(child for child in found if child.environ()["RANK"] == "1")
+    (process if to_launcher else second).send_signal(signal.SIGTERM)
     done = finish(process)
     wait_for(lambda: gone(found))
     assert done.code != 0

@@ -102,15 +102,6 @@ def test_the_network_waits_on_the_host(
     assert seen == {"transformer": ("cpu", mapped), "text_encoder": (device, False)}
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize(("devices", "precision"), [("[cuda:0, cuda:0]", 1e-6), ("[cuda:0, cpu]", 1e-4)])
-def test_on_a_gpu(project: Project, devices: str, precision: float) -> None:
-    plain = project.train(*STEPS, "model.split_model_over_gpus=false", name="plain")
-    blocks = ("model.split_model_strategy=manual", "model.split_model_blocks=[2, 2]")
-    split = project.train(*STEPS, SPLIT[0], f"model.split_devices={devices}", *blocks, name="split")
-    assert column(split, "loss") == pytest.approx(column(plain, "loss"), rel=precision)
-
-
 def test_the_limit_is_that_of_each_device(project: Project) -> None:
     small = ("train.max_train_steps=1", "train.memory_limit=0.587GB", "model.split_model_over_gpus=true")
     done = project.run(*small, "model.split_devices=[cpu, cpu]")

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from qflux.main import parse
+from qflux.config import load_config
+from qflux.main import opening, parse
 
 
 @pytest.mark.parametrize(
@@ -64,3 +65,20 @@ def test_words_behind_cache(words, care, file, overrides):
     args = parse(["--config", "run.yaml", *words])
     found = (args.cache, args.care, args.care_file, args.overrides)
     assert found == ("--cache" in words, care, file and Path(file), overrides)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "training to step 7"),
+        (["--resume", "auto"], "training to step 7"),
+        (["--cache"], "caching"),
+        (["--cache", "gc"], "cache gc"),
+        (["--sample"], "drawing samples"),
+    ],
+)
+def test_the_first_line_says_what_was_understood(tmp_path, words, said):
+    file = tmp_path / "run.yaml"
+    file.write_text("model: {pretrained_model_name_or_path: a/b}\ndata: {dataset_path: x}\ntrain: {trainer: Any}\n")
+    args = parse(["--config", str(file), *words, "train.max_train_steps=7"])
+    assert opening(load_config(args.config, args.overrides), args) == f"Any: {said}, by {file}"

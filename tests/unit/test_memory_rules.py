@@ -10,7 +10,19 @@ import torch
 from qflux.config import Config
 from qflux.config_values import METHODS
 from qflux.models import memory_rules, quantize
-from qflux.models.memory_rules import matches, method_of, refusals, spread, stored_format, stored_problems, unfit
+from qflux.models.memory_rules import (
+    CONTEXT,
+    LOST,
+    matches,
+    method_of,
+    needed,
+    refusals,
+    spread,
+    stored_format,
+    stored_problems,
+    unfit,
+    usable,
+)
 from qflux.types import EncodeStage, Family
 
 FAMILY = Family(
@@ -142,3 +154,12 @@ def test_offloaded_blocks_are_apart():
     assert spread(10, 0) == []
     assert spread(57, 57) == list(range(57))
     assert spread(57, 3) == [9, 28, 47]
+
+
+@pytest.mark.parametrize("memory", [24 << 30, 80 << 30, (48 << 30) + 12345])
+def test_what_tensors_can_take_of_a_card(memory):
+    """Both ways the same, to the byte that rounding costs; of what is free the driver has taken its part already."""
+    assert needed(usable(memory)) == pytest.approx(memory, abs=2)
+    assert needed(usable(memory) + 2) > memory
+    assert usable(memory, 0) - usable(memory) == pytest.approx(CONTEXT / (1 + LOST), abs=1)
+    assert usable(CONTEXT // 2) == 1

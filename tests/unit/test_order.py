@@ -1,6 +1,7 @@
 """Law 2: a step is a set of samples; shapes, batch size and processes only decide how it is cut."""
 
 import itertools
+from collections import Counter
 
 import pytest
 from hypothesis import given, settings
@@ -80,6 +81,29 @@ def test_cut_into_micro_batches(count, batch, batch_size, processes, number):
             assert micro.share == pytest.approx(len(micro.positions) * processes / batch)
             seen += micro.positions
     assert sorted(seen) == sorted(orders[0].samples(number))
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4, 4096])
+@pytest.mark.parametrize(("batch", "batch_size"), [(4096, 1), (8192, 4)])
+def test_any_number_of_processes_makes_the_same_step(processes, batch, batch_size):
+    """Each process computes its own part alone; together they weigh each sample of the one-process step alike."""
+    options = {"batch": batch, "batch_size": batch_size, "window": 1024}
+    order = make(5000, processes=processes, **options)
+    micros = order.micros(1)
+    for rank in {0, 1, processes // 2, processes - 1} & set(range(processes)):
+        alone = make(5000, processes=processes, rank=rank, **options).step(1)
+        order.rank, order.micros = rank, lambda number: micros
+        assert order.step(1) == alone
+    weights = Counter()
+    forwards = set()
+    for order.rank in range(processes):  # every process sees the same micro-batches: made once here, it takes no time
+        step = order.step(1)
+        forwards.add(len(step.micros))
+        for micro in step.micros:
+            weights.update({position: micro.share / len(micro.positions) / processes for position in micro.positions})
+    assert len(forwards) == 1
+    assert weights.keys() == set(make(5000, **options).samples(1))
+    assert list(weights.values()) == pytest.approx([1 / batch] * batch)
 
 
 def test_resume_is_a_start_at_a_later_step():

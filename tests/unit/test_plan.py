@@ -15,10 +15,11 @@ from qflux.config_values import memory_bytes
 from qflux.data.dataset import open_dataset
 from qflux.errors import UserError
 from qflux.main import import_trainer
+from qflux.models.memory_rules import CONTEXT, needed
 from qflux.tools import plan_ladder
 from qflux.tools.plan import make_plan, size
 from qflux.tools.plan_ladder import advise, fits
-from qflux.tools.plan_phases import CONTEXT, Setup, needed, setup_of
+from qflux.tools.plan_setup import Setup, setup_of
 
 ROOT = Path(__file__).resolve().parents[2]
 SCHEMA = json.loads((ROOT / "docs/schemas/plan.schema.json").read_text())

@@ -5,6 +5,7 @@ In tests of placement the second device is ``meta``, which every torch has.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from tiny_networks import (
     assert_same,
     family,
     lists,
+    loss_of,
     net,
     step,
 )
@@ -29,7 +31,6 @@ from qflux.errors import UserError
 from qflux.models.activations import set_checkpointing
 from qflux.models.adapters import add_adapter, trainable
 from qflux.models.quantize import quantize_in_place
-from qflux.parallel.placement import Placement
 from qflux.parallel.split import (
     Split,
     apply_split,
@@ -108,20 +109,51 @@ def test_names_stay_and_a_second_split_is_refused() -> None:
     apply_split(model, LISTS, (0,) * 6 + (1,), ("cpu", "meta"))
 
 
-@pytest.mark.parametrize("how", ["to", "cpu", "wrapper", "prepare"])
+@pytest.mark.parametrize("how", ["to", "cpu", "wrapper"])
 def test_nobody_collapses_it(how: str) -> None:
     model, split = split_net(LATE, ("cpu", "meta"))
     before = {name: param.device for name, param in model.named_parameters()}
-    {
-        "to": lambda: model.to("cpu"),
-        "cpu": model.cpu,
-        "wrapper": lambda: nn.Sequential(model).to("cpu"),
-        "prepare": lambda: Placement().prepare(model),
-    }[how]()
-    assert Placement()._accelerator.verify_device_map(model)  # Accelerate's own check: it will not place it
+    {"to": lambda: model.to("cpu"), "cpu": model.cpu, "wrapper": lambda: nn.Sequential(model).to("cpu")}[how]()
     assert {name: param.device for name, param in model.named_parameters()} == before
     assert {device.type for device in before.values()} == {"cpu", "meta"}
     split.verify()
+
+
+@pytest.fixture
+def accelerator() -> Iterator[Any]:
+    """Accelerate itself, as it is used without qflux."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield Accelerator(cpu=True)
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@fake
+def test_accelerate_leaves_it_alone(accelerator: Any) -> None:
+    """What it prepares is called and trained as before; an ordinary network it does move."""
+    plain = net()
+    expected, _ = step(plain)
+    torch.optim.SGD(trainable(plain).values(), lr=0.1, foreach=False).step()
+    with FakeDevices():
+        model, split = split_net()
+        before = {name: param.device for name, param in model.named_parameters()}
+        optimizer = torch.optim.SGD(trainable(model).values(), lr=0.1, foreach=False)
+        prepared, stepping = accelerator.prepare(model, optimizer)
+        assert accelerator.verify_device_map(model)
+        assert {name: param.device for name, param in model.named_parameters()} == before
+        assert len(set(before.values())) == 3
+        split.verify()
+        loss = loss_of(prepared, on("cuda:0", CALL))
+        accelerator.backward(loss)
+        assert torch.equal(loss, expected)
+        stepping.step()
+        assert all(map(torch.equal, (param.cpu() for param in model.parameters()), plain.parameters()))
+        assert not all(map(torch.equal, net().parameters(), plain.parameters()))
+        moved = net().to("cuda:1")
+        accelerator.prepare(moved)
+        assert {param.device.type for param in moved.parameters()} == {"cpu"}
 
 
 def test_dtypes_may_change() -> None:

@@ -13,20 +13,20 @@ from tiny_networks import NETWORKS, family, lists, loss_of, network
 from qflux.config import Config
 from qflux.errors import UserError
 from qflux.models.activations import named_blocks
-from qflux.parallel import split_placement
+from qflux.models.optimizers import make_optimizer
 from qflux.parallel.group import Group
-from qflux.parallel.placement import Placement, Seat, environment_problems
-from qflux.parallel.split_placement import SplitPlacement, split_devices, summary
+from qflux.parallel.placement import Placement, Seat, environment_problems, open_placement
+from qflux.parallel.split_placement import SplitPlacement, ordered_norm, split_devices, summary
 from qflux.parallel.split_plan import SplitBlock, SplitDevice, plan_split
 
 GIB = 2**30
 
 
-def split_config(**model) -> Config:
+def split_config(precision: str = "no", **model) -> Config:
     return Config(
         model={"pretrained_model_name_or_path": "owner/name", "split_model_over_gpus": True, **model},
         data={"dataset_path": "x"},
-        train={"trainer": "Any", "mixed_precision": "no"},
+        train={"trainer": "Any", "mixed_precision": precision},
     )
 
 
@@ -53,6 +53,17 @@ def test_null_means_every_gpu_with_what_is_free(two_gpus, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with pytest.raises(UserError, match=r"^model\.split_devices: null means all GPUs, and this machine has none"):
         split_devices(None)
+
+
+def test_encoders_go_to_the_first_device_of_the_split(two_gpus, monkeypatch):
+    monkeypatch.setattr("qflux.parallel.placement.take_seat", lambda: SEAT)
+    named = split_config(split_devices=["cuda:1", "cuda:0"])
+    for gpus, wanted in ((True, "cuda:1"), (False, "cpu")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda gpus=gpus: gpus)
+        place = open_placement(named, family("flux2"))
+        assert (type(place), place.device) == (Placement, torch.device(wanted))
+        place.close()
+    assert open_placement(split_config(), family("flux2")).device == SEAT.device
 
 
 def test_all_wrong_devices_at_once(two_gpus):
@@ -89,24 +100,65 @@ def three_steps(place, name):
     return params, norms
 
 
-@pytest.mark.skipif(bool(MISSING), reason=MISSING)
+fake = pytest.mark.skipif(bool(MISSING), reason=MISSING)
+SEAT = Seat(torch.device("cpu"), 0, 1)
+
+
+@fake
 @pytest.mark.parametrize("name", ["flux2", "qwen_image"])
-def test_steps_on_three_devices_are_those_on_one(name, monkeypatch, capsys):
+def test_steps_on_three_devices_are_those_on_one(name, capsys):
     expected, norms = three_steps(place_at(Placement, 0, 1, family(name), config()), name)
-    monkeypatch.setattr(
-        split_placement, "split_devices", lambda _: [SplitDevice(each) for each in ("cuda:0", "cuda:1", "cuda:2")]
-    )
-    checked = []
-    monkeypatch.setattr(split_placement, "check_peer_copies", checked.append)
-    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    seat = Seat(torch.device("cpu"), 0, 1)
-    with FakeDevices():
-        place = SplitPlacement(split_config(), family(name), seat, Group(), lambda given: blocks_plan(name, given))
-        assert checked == [["cuda:0", "cuda:1", "cuda:2"]]
+    with FakeDevices(known=3) as devices:
+        place = SplitPlacement(split_config(), family(name), SEAT, Group(), lambda given: blocks_plan(name, given))
+        assert len(devices.copies) == 6  # of the check, one for each pair
         assert capsys.readouterr().out.startswith("split (auto): cuda:0 ")
         found, others = three_steps(place, name)
         assert {param.device.index for param in found.values()} == set(place.plan.stages)
     assert all(map(torch.equal, norms, others))
     assert list(found) == list(expected)
     assert [key for key in expected if not torch.equal(found[key], expected[key])] == []
+
+
+@fake
+def test_a_norm_does_not_depend_on_where_tensors_lie():
+    draw = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(5, 3, generator=draw) * 10.0 ** (index % 7 - 3) for index in range(60)]
+    expected = torch.nn.utils.get_total_norm(tensors)
+    with FakeDevices():
+        moved = [tensor.to(f"cuda:{index * 7 % 3}") for index, tensor in enumerate(tensors)]
+        norm = ordered_norm(moved, torch.device("cuda:1"))
+        assert norm.device == torch.device("cuda:1")
+    assert torch.equal(norm, expected)
+    assert torch.equal(ordered_norm(tensors, torch.device("cpu")), expected)
+
+
+@fake
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor", "adamw_schedule_free"])
+def test_a_stage_on_the_host_takes_every_step(optimizer):
+    """The flag that lets a step happen is on its way from the first device when the host's kernels run."""
+    chosen = config(optimizer=optimizer).train.optimizer
+
+    def steps(place):
+        _, params, made = place.prepare(network("flux2"), lambda each: make_optimizer(optimizer, each, chosen))
+        for step in range(4):
+            for index, param in enumerate(params.values()):
+                param.grad = torch.full_like(param, 0.1 + 0.01 * index + step)
+            flag = torch.tensor(step != 2, device=place.device)
+            place.step(made, list(params.values()), flag)
+        return params
+
+    expected = steps(place_at(Placement, 0, 1, family("flux2"), config(optimizer=optimizer)))
+    with FakeDevices(known=1):
+        whole = split_config(split_devices=["cuda:0", "cpu"])
+        place = SplitPlacement(whole, family("flux2"), SEAT, Group(), lambda given: blocks_plan("flux2", given))
+        found = steps(place)
+        assert {param.device.type for param in found.values()} == {"cuda", "cpu"}
+    assert [key for key in expected if not torch.equal(found[key], expected[key])] == []
+
+
+@fake
+@pytest.mark.parametrize("devices", [["cuda:0", "cpu"], ["cpu", "cuda:0"]])
+def test_autocast_is_of_one_kind_of_device(devices):
+    whole = split_config("bf16", split_devices=devices, lora=None)
+    with FakeDevices(known=1), pytest.raises(UserError, match=r"^model\.split_devices: found cpu beside GPUs"):
+        SplitPlacement(whole, family("flux2"), SEAT, Group(), lambda given: blocks_plan("flux2", given))

@@ -277,21 +277,70 @@ def test_kernels_find_their_device_chosen() -> None:
         assert devices.current == 1
 
 
-def test_two_forwards_before_their_backward() -> None:
-    def run(model: nn.Module, call: dict) -> list[Tensor]:
-        first, second = model(**call), model(call["x"] * 2, call["text"], call["times"])
-        (first.square().mean() + second.square().mean()).backward()
+def test_forwards_of_other_shapes_before_their_backward() -> None:
+    other = {"x": draw(1, 9, WIDTH), "text": draw(1, 4, WIDTH), "times": torch.tensor([[[0.2]]])}
+
+    def run(model: nn.Module, calls: list[dict]) -> list[Tensor]:
+        outputs = [model(**call) for call in calls]
+        assert len({output.shape for output in outputs}) == 2
+        sum(output.square().mean() for output in outputs).backward()
         return [param.grad for param in trainable(model).values() if param.grad is not None]
 
-    expected = run(net(), CALL)
+    expected = run(net(), [CALL, other, CALL])
     for mode in ("none", "full"):
         with FakeDevices() as devices:
             model, _ = split_net(EVEN)
             set_checkpointing(model, mode, LISTS)
             with devices.phase("both"):
-                found = run(model, on("cuda:0", CALL))
+                found = run(model, [on("cuda:0", call) for call in (CALL, other, CALL)])
         assert all(map(torch.equal, expected, found))
-        assert devices.count("both")[0] == 2 * (7 + 5)
+        assert devices.count("both")[0] == 3 * (7 + 5)
+
+
+@pytest.mark.parametrize("mode", ["none", "full"])
+def test_an_error_leaves_nothing_behind(mode: Any) -> None:
+    """One in a block's forward, or where it runs again: the next step is the same as if there had been none."""
+    expected, found = step(net()), []
+    with FakeDevices() as devices:
+        model, split = split_net(EVEN)
+        set_checkpointing(model, mode, LISTS)
+        inputs, seen = on("cuda:0", CALL), list[None]()
+
+        def fail(at: int) -> Any:
+            def hook(*_: Any) -> None:
+                seen.append(None)
+                if len(seen) == at:
+                    raise FloatingPointError
+
+            return model.singles[2].norm.register_forward_pre_hook(hook)
+
+        for at in (1, 2) if mode == "full" else (1,):
+            seen.clear()
+            hook = fail(at)
+            with pytest.raises(FloatingPointError):
+                step(model, inputs)
+            hook.remove()
+            assert (len(split._copied), devices.current) == (0, 0)
+            found.append(step(model, inputs))
+            assert split.copies == 7
+    for one in found:
+        assert_same(expected, one)
+
+
+@pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
+def test_without_gradients(off: Any) -> None:
+    plain = net()
+    with off():
+        expected = plain(**CALL)
+    with FakeDevices():
+        model, split = split_net(EVEN)
+        set_checkpointing(model, "full", LISTS)
+        with off():
+            outputs = [model(**on("cuda:0", CALL)) for _ in range(2)]
+        assert split.copies == 7
+        trained = step(model, on("cuda:0", CALL))
+    assert all(torch.equal(output, expected) and not output.requires_grad for output in outputs)
+    assert_same(step(plain), trained)  # training goes on with gradients
 
 
 def test_frozen_first_stages_get_no_gradient() -> None:

@@ -1,6 +1,7 @@
 """What of memory follows from names and shapes alone, for the loaders and for the planner; needs no torch.
 
-Number formats and their bytes, which layers keep the base's dtype, what cannot work, which blocks are offloaded.
+Number formats and their bytes, which layers keep the base's dtype, what cannot work, which blocks are offloaded, what
+of a card tensors can take.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from qflux.types import Family
 
 ADVICE = {"quanto-int2": "2 bits a weight leave little of what the network learned; for trials only"}
 BLOCK, NESTED_BLOCK = 64, 256  # 4-bit weights of bitsandbytes that share a scale, scales that share a scale
+CONTEXT = 600 << 20  # bytes that the driver and its libraries take before a tensor is there, about
+LOST = 0.03  # share of the peak that the allocator cannot use, about
 _TABLES = 4 * (16 + 256 + 1)  # the values of 4-bit and of 8-bit numbers, and the mean of the scales
 _GROUPS = (128, 96, 64, 32)  # weights that share scale and shift in quanto's 4 and 2 bits: the first that divides a row
 _PACKAGES = {"bnb": "bitsandbytes", "quanto": "optimum.quanto"}
@@ -196,3 +199,13 @@ def packed_bytes(method: str, out_features: int, in_features: int, dtype_bytes: 
 def spread(total: int, count: int) -> list[int]:
     """``count`` of the indices 0 … total - 1, ascending and evenly apart, each in the middle of its share."""
     return [(2 * index + 1) * total // (2 * count) for index in range(count)]
+
+
+def needed(peak: int) -> int:
+    """Memory of a card on which tensors can take ``peak`` bytes."""
+    return round(peak * (1 + LOST)) + CONTEXT
+
+
+def usable(memory: int, context: int = CONTEXT) -> int:
+    """Bytes that tensors can take of a card's memory; ``context`` is what the driver still takes of it."""
+    return max(1, int((memory - context) / (1 + LOST)))

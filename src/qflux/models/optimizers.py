@@ -159,10 +159,11 @@ def guarded_step(optimizer: Optimizer, params: Iterable[torch.nn.Parameter], fin
     True gives the bits of a plain step. A flag on the CPU is simply read. On a device nothing waits for it: fused AdamW
     takes the flag into its kernel, the others step and are put back by a select; there, Python numbers in the state
     (Adafactor's step, schedule-free's averaging weight) count the skipped step. Read on the device too: the first step
-    of all, which creates the state, and optimizers that wait in every step anyway (bitsandbytes, Prodigy).
+    of all, which creates the state, steps of parameters that lie on the host (its kernels would not wait until the flag
+    is there), and optimizers that wait in every step anyway (bitsandbytes, Prodigy).
     """
     live = [param for param in params if param.grad is not None]
-    if finite.device.type == "cpu":
+    if finite.device.type == "cpu" or any(param.device.type == "cpu" for param in live):
         if bool(finite):
             optimizer.step()
     elif all(group.get("fused") for group in optimizer.param_groups):

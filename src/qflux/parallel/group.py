@@ -23,7 +23,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from qflux.errors import BUG, STOPPED, QfluxError, RunStopped
+from qflux.errors import BUG, STOPPED, Interrupted, QfluxError, RunStopped
 
 BEAT = 0.5  # seconds between two signs of life
 GRACE = 2.0  # seconds in which the main thread may end in good order once a peer is lost
@@ -31,9 +31,13 @@ _NEVER = 1e9
 
 
 class PeerLost(RunStopped):
-    """Another process of the run failed or is gone."""
+    """Another process of the run failed, was interrupted by a signal, or is gone."""
 
     abrupt = True
+
+    def __init__(self, text: str, exit_code: int = STOPPED) -> None:
+        super().__init__(text)
+        self.exit_code = exit_code
 
 
 class PeerRefused(QfluxError):
@@ -49,7 +53,7 @@ class PeerRefused(QfluxError):
 class Group:
     """This process among the others; with one process every method is trivial and there is no thread.
 
-    phase, step  what this process is at, for the others to read
+    step         how far this process is, for the others to read
     on_loss      called by the thread with (exit code, reason) just before it ends a process that cannot end itself
     """
 
@@ -58,11 +62,11 @@ class Group:
     ) -> None:
         self.rank, self.processes, self.silence = rank, processes, silence
         self.lockstep = False
-        self.phase, self.step = "starting", 0
+        self._phase, self.step = "starting", 0
         self.on_loss: Callable[[int, str], None] | None = None
-        self.trouble: str | None = None
+        self.trouble: PeerLost | None = None
         self._turn, self._stop = 0, ""
-        self._closed = threading.Event()
+        self._closed, self._changed = threading.Event(), threading.Event()
         self._watch: _Watch | None = None
         self._store: Any = None
         if processes > 1:
@@ -70,6 +74,16 @@ class Group:
             self._store = connect()
             self._watch = _Watch(self, connect())
             self._watch.start()
+
+    @property
+    def phase(self) -> str:
+        """What this process is at; the others are told at once."""
+        return self._phase
+
+    @phase.setter
+    def phase(self, phase: str) -> None:
+        self._phase = phase
+        self._changed.set()
 
     @contextmanager
     def during(self, phase: str) -> Iterator[None]:
@@ -84,7 +98,7 @@ class Group:
     def check(self) -> None:
         """Raise PeerLost when a peer is lost."""
         if self.trouble is not None:
-            raise PeerLost(self.trouble)
+            raise self.trouble
 
     def share(self, make: Callable[[], Any]) -> Any:
         """The JSON value that ``make`` gives on process 0, on all; what it raises is raised on all."""
@@ -148,20 +162,23 @@ class Group:
         """Tell the others that this process ends with ``error``."""
         if self._watch is None or isinstance(error, PeerLost | PeerRefused):
             return
+        error = _interruption(error) or error
         code = error.exit_code if isinstance(error, QfluxError) else BUG
-        self._watch.report(code, f"{type(error).__name__}: {error}".splitlines()[0])
+        kind = "" if isinstance(error, Interrupted) else f"{type(error).__name__}: "
+        self._watch.report(code, f"{kind}{error}".splitlines()[0])
 
     def explained(self) -> PeerLost | None:
         """After a collective broke: the lost peer that it broke for, or None when nobody is lost."""
         deadline = time.monotonic() + 4 * BEAT
         while self.processes > 1 and self.trouble is None and time.monotonic() < deadline:
             time.sleep(BEAT / 10)
-        return None if self.trouble is None else PeerLost(self.trouble)
+        return self.trouble
 
     def close(self) -> None:
         """This process is done; it is not missed any more."""
         if self._watch is not None and not self._closed.is_set():
             self._closed.set()
+            self._changed.set()
             self._watch.join()
 
     def _next(self, kind: str) -> str:
@@ -214,16 +231,19 @@ class _Watch(threading.Thread):
     def run(self) -> None:
         """Until the group is closed or a peer is lost."""
         count = 0
-        while not self.group._closed.is_set():
+        while True:
             count += 1
+            self.group._changed.clear()
+            if self.group._closed.is_set():
+                break
             try:
                 found = self._look(count)
             except Exception as error:  # the store went down with the launcher or with the process that held it
-                found = f"the launcher's store is gone ({type(error).__name__})"
+                found = f"the launcher's store is gone ({type(error).__name__})", STOPPED
             if found and not self.group._closed.is_set():
-                self._end(found)
+                self._end(*found)
                 return
-            self.group._closed.wait(BEAT)
+            self.group._changed.wait(BEAT)
         with suppress(Exception):
             self._sign(-1)
 
@@ -239,13 +259,14 @@ class _Watch(threading.Thread):
         with self._lock:
             self.store.set(f"life/{group.rank}", json.dumps(sign))
 
-    def _look(self, count: int) -> str | None:
+    def _look(self, count: int) -> tuple[str, int] | None:
+        """What is wrong with another process and the exit code for that, or None."""
         self._sign(count)
         with self._lock:
             if self.store.check(["failed"]):
                 told = json.loads(self.store.get("failed").decode())
                 if told["rank"] != self.group.rank:
-                    return f"process {told['rank']} failed in {_place(told['phase'], told['step'])}: {told['text']}"
+                    return _told_failure(told)
             others = [rank for rank in range(self.group.processes) if rank != self.group.rank]
             signs = {
                 rank: self.store.get(f"life/{rank}").decode() for rank in others if self.store.check([f"life/{rank}"])
@@ -260,22 +281,36 @@ class _Watch(threading.Thread):
                 self.seen[rank] = (text, now)
             where = f"process {rank} (pid {sign[4]} on {sign[3].split()[0]}), last seen in {_place(sign[1], sign[2])},"
             if sign[3] == self.host and not _alive(sign[4]):
-                return f"{where} is gone"
+                return f"{where} is gone", STOPPED
             if now - self.seen[rank][1] > self.group.silence:
-                return f"{where} has given no sign of life for {self.group.silence:g} s"
+                return f"{where} has given no sign of life for {self.group.silence:g} s", STOPPED
         return None
 
-    def _end(self, found: str) -> None:
+    def _end(self, found: str, code: int) -> None:
         group = self.group
-        group.trouble = f"{found}; go on with --resume auto"
+        group.trouble = PeerLost(f"{found}; go on with --resume auto", code)
         if group._closed.wait(GRACE):
             return
         # The main thread waits in a collective for the lost process and cannot be woken.
         print(group.trouble, file=sys.stderr, flush=True)
         if group.on_loss is not None:
             with suppress(Exception):
-                group.on_loss(STOPPED, group.trouble)
-        os._exit(STOPPED)
+                group.on_loss(code, str(group.trouble))
+        os._exit(code)
+
+
+def _interruption(error: BaseException) -> Interrupted | None:
+    """The signal behind an error: libraries wrap what a signal's handler raises while they import."""
+    found: BaseException | None = error
+    while found is not None and not isinstance(found, Interrupted):
+        found = found.__cause__ or found.__context__
+    return found
+
+
+def _told_failure(told: dict[str, Any]) -> tuple[str, int]:
+    """A peer's report in words, and this process's exit code: where a signal stopped the peer, that signal's."""
+    verb, code = ("stopped", told["code"]) if told["code"] > 128 else ("failed", STOPPED)
+    return f"process {told['rank']} {verb} in {_place(told['phase'], told['step'])}: {told['text']}", code
 
 
 def _place(phase: str, step: int) -> str:

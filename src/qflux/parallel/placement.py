@@ -18,7 +18,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -67,10 +67,13 @@ def open_placement(config: Config, family: Family, plan_split: Planner | None = 
         raise UserError(*problems)
     seat = take_seat()
     group = Group(seat.rank, seat.processes, connect_to_launcher, config.train.peer_timeout)
-    if config.model.split_model_over_gpus and plan_split is not None:
-        from qflux.parallel.split_placement import SplitPlacement
+    if config.model.split_model_over_gpus:
+        from qflux.parallel.split_placement import SplitPlacement, split_devices
 
-        return SplitPlacement(config, family, seat, group, plan_split)
+        if plan_split is not None:
+            return SplitPlacement(config, family, seat, group, plan_split)
+        if config.model.split_devices and torch.cuda.is_available():  # encoders go where the network's first part will
+            seat = replace(seat, device=torch.device(split_devices(config.model.split_devices)[0].name))
     return _class_of(kind, seat)(config, family, seat, group)
 
 
@@ -219,10 +222,13 @@ class Placement:
         gradients = [p.grad for p in parameters if p.grad is not None]
         if self.loss_scale != 1:
             torch._foreach_div_(gradients, self.loss_scale)
-        norm = nn.utils.get_total_norm(gradients).to(self.device)  # of a split model the gradients lie on several
+        norm = self._norm(gradients)
         if max_norm > 0:
             nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
         return norm
+
+    def _norm(self, gradients: list[Tensor]) -> Tensor:
+        return nn.utils.get_total_norm(gradients)
 
     def step(self, optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], finite: Tensor) -> None:
         """Update the parameters where ``finite``, and forget the gradients."""

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qflux.config import Config
 from qflux.errors import UserError
@@ -85,6 +85,7 @@ class SplitPlacement(Placement):
 
     def __init__(self, config: Config, family: Family, seat: Seat, group: Group, planner: Planner) -> None:
         devices = split_devices(config.model.split_devices)
+        _check_kinds(config, devices)
         first = torch.device(devices[0].name)
         super().__init__(config, family, replace(seat, device=first), group)
         if first.type == "cuda":
@@ -109,3 +110,29 @@ class SplitPlacement(Placement):
         self.split = apply_split(model, self.family.block_lists, self.plan.stages, self.plan.devices)
         self.split.verify()
         return model
+
+    def _norm(self, gradients: list[Tensor]) -> Tensor:
+        return ordered_norm(gradients, self.device)
+
+
+def _check_kinds(config: Config, devices: Sequence[SplitDevice]) -> None:
+    """Refuse autocast on a GPU and on the host at once: it is of one of them, the other gets tensors of two dtypes."""
+    several = len({device.name.partition(":")[0] for device in devices}) > 1
+    precision = config.train.mixed_precision
+    if several and config.model.lora is None and precision != "no":
+        raise UserError(
+            f"{KEY}: found cpu beside GPUs with model.lora: null and train.mixed_precision: {precision}; all weights "
+            "in mixed precision need GPUs alone: leave cpu out, or train an adapter"
+        )
+
+
+def ordered_norm(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
+    """Norm of tensors on several devices, on ``device``.
+
+    Their norms are added up in their order, as on one device: torch would take them device by device.
+    """
+    found: dict[torch.device, list[Tensor]] = {}
+    for tensor in tensors:
+        found.setdefault(tensor.device, []).append(tensor)
+    norms = {here: iter(torch.stack(torch._foreach_norm(own)).to(device)) for here, own in found.items()}
+    return torch.linalg.vector_norm(torch.stack([next(norms[tensor.device]) for tensor in tensors]))

@@ -17,164 +17,33 @@ manual      so many blocks on each device, in order, as the user says.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby, pairwise
 from math import inf
-from operator import add
 
 from qflux.errors import UserError
+from qflux.parallel.split_parts import (
+    NOTHING,
+    DeviceLoad,
+    Part,
+    SplitBlock,
+    SplitDevice,
+    SplitPlan,
+    SplitRest,
+)
 
 STRATEGIES = ("auto", "contiguous", "greedy", "manual")
 PHANTOM = 25e9  # parameters that ``scale`` is a share of
 TOLERANCE = 0.005  # plans this close to the best in the first phase are equal to it
 WORSE = 1.05  # a strategy that fills a device this much more than auto would is told of
 
+# Bytes in a training step; what each phase between steps holds, and what it takes for a moment.
+_Moments = tuple[int, tuple[int, ...], tuple[int, ...]]
 Tables = Sequence[Sequence[Sequence[float]]]  # [d][i][j - i]: of device d with blocks i … j - 1
 
 _STRATEGY, _COUNTS, _DEVICES = "model.split_model_strategy", "model.split_model_blocks", "model.split_devices"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Part:
-    """Bytes of one part of the network on its device.
-
-    weight   weights as wide as they are held
-    trained  what training them adds: adapter, gradients, state of the optimizer, averages
-    saved    what a micro-batch holds from this part's forward to its backward: its input where it is recomputed
-    running  the most that it takes while it runs, what it saves included; less than ``saved`` counts as ``saved``
-    """
-
-    weight: int = 0
-    trained: int = 0
-    saved: int = 0
-    running: int = 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class SplitBlock(Part):
-    """One block.
-
-    block_list  name of its list
-    parameters  numbers of the base: what ``contiguous`` and ``greedy`` weigh
-    input       bytes of the hidden state it is called with by one micro-batch: what crosses where a stage begins
-    compute     its time in any unit, positive
-    """
-
-    block_list: str
-    parameters: int
-    input: int = 0
-    compute: float = 1.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class SplitRest:
-    """The network around its blocks.
-
-    embed      before them, on device 0
-    head       behind them, with the last block
-    constants  bytes of loop constants (rotary embedding, modulations) that each further device gets once a forward
-    output     bytes of the network's output, which returns to device 0
-    """
-
-    embed: Part = Part()
-    head: Part = Part()
-    constants: int = 0
-    output: int = 0
-
-
-NOTHING = SplitRest()
-
-
-@dataclass(frozen=True)
-class SplitDevice:
-    """A device; one name twice is two stages on it, between which nothing crosses.
-
-    capacity  bytes that tensors can take on it; None = not known, then of all devices
-    resident  bytes of other things that stay there: text encoders, a VAE
-    """
-
-    name: str
-    capacity: int | None = None
-    resident: int = 0
-
-
-@dataclass(frozen=True)
-class DeviceLoad:
-    """What a plan puts on one device, in bytes; ``blocks`` are (list, count) in the order of the forward."""
-
-    device: SplitDevice
-    blocks: tuple[tuple[str, int], ...]
-    weights: int
-    trained: int
-    activations: int
-    compute: float
-
-    @property
-    def bytes(self) -> int:
-        """All of it at the worst moment of a step."""
-        return self.device.resident + self.weights + self.trained + self.activations
-
-    @property
-    def share(self) -> float:
-        """Of the device's capacity; bytes where that is not known."""
-        return self.bytes / (self.device.capacity or 1)
-
-
-@dataclass(frozen=True)
-class SplitPlan:
-    """Where everything lies and what it costs.
-
-    strategy        the one that decided
-    block_lists     list of each block in the order of the forward
-    stages          index of each block's device; embedders are on device 0, the head on ``head``
-    loads           of each device, in the user's order
-    transfers       crossings of the hidden state and of the output in a forward of one micro-batch
-    forward_bytes   that cross in it, loop constants included; ``backward_bytes`` of gradients in its backward
-    micro_batches   forwards before their backward
-    warnings        what the user may want to change; ``notes`` say more of the plan; one line each
-    """
-
-    strategy: str
-    block_lists: tuple[str, ...]
-    stages: tuple[int, ...]
-    loads: tuple[DeviceLoad, ...]
-    transfers: int
-    forward_bytes: int
-    backward_bytes: int
-    micro_batches: int = 1
-    warnings: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
-
-    @property
-    def devices(self) -> tuple[str, ...]:
-        """Names of the devices, those without a block too."""
-        return tuple(load.device.name for load in self.loads)
-
-    @property
-    def head(self) -> int:
-        """Index of the device with the last block and the head."""
-        return self.stages[-1]
-
-    @property
-    def fullest(self) -> DeviceLoad:
-        """The device with the largest share."""
-        return max(self.loads, key=lambda load: load.share)
-
-    @property
-    def balance(self) -> float:
-        """Compute of a device if all did the same, over that of the busiest: at most 1."""
-        work = [load.compute for load in self.loads]
-        return sum(work) / (len(work) * max(work))
-
-    @property
-    def step_bytes(self) -> int:
-        """Bytes that cross between devices for all micro-batches of one backward."""
-        return self.micro_batches * (self.forward_bytes + self.backward_bytes)
-
-    def stage_of(self, block_list: str, index: int) -> int:
-        """Index of the device of one block."""
-        return self.stages[self.block_lists.index(block_list) + index]
 
 
 def plan_split(
@@ -186,6 +55,7 @@ def plan_split(
     scale: float = 0.3,
     counts: Sequence[int] | None = None,
     micro_batches: int = 1,
+    refuse: bool = True,
 ) -> SplitPlan:
     """Divide ``blocks``, in the order of the forward, over ``devices``.
 
@@ -193,9 +63,11 @@ def plan_split(
                    its tolerance only as far as it stays no worse than these two with it
     counts         ``model.split_model_blocks``: blocks of each device, of ``manual``
     micro_batches  forwards before their backward; each holds its own activations
+    refuse         whether a device that has too little is an error
 
-    Raises UserError for no device, for counts that do not suit blocks and devices, and with the numbers of each device
-    where one has too little; ValueError for what no config can say.
+    A device must hold the training step and each phase between steps. Raises UserError for no device, for counts that
+    do not suit blocks and devices, and with the numbers of each device where one has too little; ValueError for what no
+    config can say.
     """
     case = _Case(tuple(blocks), tuple(devices), rest, micro_batches)
     _check(case, strategy, counts)
@@ -215,7 +87,8 @@ def plan_split(
             warnings.append("one device computes at a time; on three and more FSDP2 or DeepSpeed keep all of them busy")
         plan = case.plan(strategy, _compatible(case, strategy, scale))
     best = case.plan("auto", _divide(case.shares(), max)[1])
-    _refuse(plan, best)
+    if refuse:
+        _refuse(plan, best)
     if strategy != "auto" and plan.fullest.share > WORSE * best.fullest.share:
         told = [f"{_gib(load.bytes)} on {load.device.name}" for load in (plan.fullest, best.fullest)]
         warnings.append(f"{_STRATEGY}: {strategy} needs {told[0]}, auto at most {told[1]}")
@@ -225,8 +98,9 @@ def plan_split(
 class _Tally:
     """Adds up the parts of one device in the order of the forward."""
 
-    def __init__(self) -> None:
+    def __init__(self, phases: int) -> None:
         self.weights = self.trained = self.held = self.most = 0
+        self.idle = self.passing = (0,) * phases
 
     def add(self, *parts: Part) -> None:
         for part in parts:
@@ -234,10 +108,31 @@ class _Tally:
             self.trained += part.trained
             self.most = max(self.most, self.held + max(part.running, part.saved))
             self.held += part.saved
+            self.idle = _joined(operator.add, self.idle, part.idle)
+            self.passing = _joined(max, self.passing, part.passing)
 
     def activations(self, micro_batches: int) -> int:
         """At most: all other micro-batches are held while one runs."""
         return (micro_batches - 1) * self.held + self.most
+
+    def moments(self, micro_batches: int) -> _Moments:
+        """What this takes on any device."""
+        step = self.weights + self.trained + self.activations(micro_batches)
+        return step, tuple(self.weights + each for each in self.idle), self.passing
+
+
+def _needed(moments: _Moments, device: SplitDevice) -> int:
+    """Bytes on one device at the worst of them."""
+    step, held, passing = moments
+    worst = step + device.working
+    if held:
+        worst = max(worst, *map(operator.add, held, _joined(max, passing, device.between)))
+    return device.resident + worst
+
+
+def _joined(join: Callable[[int, int], int], one: tuple[int, ...], other: tuple[int, ...]) -> tuple[int, ...]:
+    """Place by place; nothing at all is 0 everywhere."""
+    return tuple(join(*pair) for pair in zip(one, other, strict=True)) if other else one
 
 
 @dataclass(frozen=True)
@@ -266,16 +161,23 @@ class _Case:
             forward_bytes=sum(into[index] for index in crossed) + (len(set(route)) - 1) * self.rest.constants,
             backward_bytes=sum(into[i] for i in crossed if first <= (i if i < len(stages) else i + 1)),
             micro_batches=self.micro_batches,
+            phases=self.rest.phases,
         )
 
     def _load(self, index: int, stages: Sequence[int]) -> DeviceLoad:
         own = [block for block, stage in zip(self.blocks, stages, strict=True) if stage == index]
-        tally = _Tally()
+        tally, device = _Tally(len(self.rest.phases)), self.devices[index]
         tally.add(*[self.rest.embed] * (index == 0), *own, *[self.rest.head] * (index == stages[-1]))
-        lists = tuple((name, len(list(found))) for name, found in groupby(block.block_list for block in own))
-        activations = tally.activations(self.micro_batches)
-        compute = sum(block.compute for block in own)
-        return DeviceLoad(self.devices[index], lists, tally.weights, tally.trained, activations, compute)
+        return DeviceLoad(
+            device=device,
+            blocks=tuple((name, len(list(found))) for name, found in groupby(block.block_list for block in own)),
+            weights=tally.weights,
+            trained=tally.trained,
+            activations=tally.activations(self.micro_batches),
+            compute=sum(block.compute for block in own),
+            idle=tally.idle,
+            passing=_joined(max, tally.passing, device.between),
+        )
 
     def shares(self) -> Tables:
         """Bytes / capacity."""
@@ -283,20 +185,20 @@ class _Case:
         first = [self._row(0, self.rest.embed), *rows[1:]]
         return [
             [
-                [(device.resident + found) / (device.capacity or 1) for found in row]
+                [_needed(moments, device) / (device.capacity or 1) for moments in row]
                 for row in (rows if index else first)
             ]
             for index, device in enumerate(self.devices)
         ]
 
-    def _row(self, start: int, before: Part = NOTHING.embed) -> list[int]:
-        """Bytes of none, one … all of the blocks from ``start`` on, with the head behind the last one."""
-        tally, row = _Tally(), list[int]()
+    def _row(self, start: int, before: Part = NOTHING.embed) -> list[_Moments]:
+        """None, one … all of the blocks from ``start`` on, with the head behind the last one."""
+        tally, row = _Tally(len(self.rest.phases)), list[_Moments]()
         for end, part in enumerate([before, *self.blocks[start:]], start):
             tally.add(part)
             if end == len(self.blocks) > start:
                 tally.add(self.rest.head)
-            row.append(tally.weights + tally.trained + tally.activations(self.micro_batches))
+            row.append(tally.moments(self.micro_batches))
         return row
 
 
@@ -340,7 +242,7 @@ def _auto(case: _Case, scale: float) -> SplitPlan:
         others = [case.plan(name, _compatible(case, name, scale)).fullest.share for name in names]
         first, limit = shares, max(worst, min(full, worst * (1 + TOLERANCE), *others))
     squares = [[[share**2 for share in row] for row in table] for table in shares]
-    return case.plan("auto", _divide(_where(squares, first, limit), add)[1])
+    return case.plan("auto", _divide(_where(squares, first, limit), operator.add)[1])
 
 
 def _compatible(case: _Case, strategy: str, scale: float) -> tuple[int, ...]:
@@ -389,7 +291,11 @@ def _refuse(plan: SplitPlan, best: SplitPlan) -> None:
         advice = f"lower model.split_micro_batches ({plan.micro_batches}), {advice}"
     if best.fullest.share <= 1:
         advice = f"set {_STRATEGY}: auto, which fits"
-    rows = [f"{x.device.name} needs {_gib(x.bytes)} of {_gib(x.device.capacity or 0)}" for x in plan.loads]
+    rows = []
+    for load in plan.loads:
+        worst = load.moments.index(load.bytes)
+        when = f" ({plan.phases[worst - 1]})" if worst else ""
+        rows.append(f"{load.device.name} needs {_gib(load.bytes)} of {_gib(load.device.capacity or 0)}{when}")
     missing = _gib(sum(max(0, x.bytes - (x.device.capacity or 0)) for x in plan.loads))
     what = f"{plan.strategy} does not fit {len(plan.stages)} blocks on {len(rows)} devices"
     raise UserError(f"{_STRATEGY}: {what}: {', '.join(rows)}; {missing} are missing; {advice}")

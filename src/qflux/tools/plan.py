@@ -18,10 +18,10 @@ from qflux.config_values import memory_bytes
 from qflux.data.dataset import EditDataset
 from qflux.errors import UserError
 from qflux.io.json_files import read_object
-from qflux.models.memory_rules import encoders, refusals, stored_problems
+from qflux.models.memory_rules import encoders, needed, refusals, stored_problems
 from qflux.models.structures import FILE as STRUCTURES
 from qflux.models.structures import family_data, structures
-from qflux.parallel.split_plan import SplitPlan
+from qflux.parallel.split_plan import SplitDevice, SplitPlan
 from qflux.tools.plan_activations import MODES, Tokens, section
 from qflux.tools.plan_data import (
     CacheSize,
@@ -42,8 +42,9 @@ from qflux.tools.plan_memory import (
     starting_problems,
     state_bytes,
 )
-from qflux.tools.plan_phases import VALIDATING, Estimate, Phase, Setup, setup_of, worst
-from qflux.tools.plan_split import named_devices, plan_of, split_dict
+from qflux.tools.plan_phases import Estimate
+from qflux.tools.plan_setup import VALIDATING, Phase, Setup, setup_of, worst
+from qflux.tools.plan_split import divided, named_devices, split_dict
 from qflux.tools.plan_text import plan_text, remedy, size, summary
 from qflux.tools.plan_validation import drawn_shapes, held_out_shapes, read_held_out
 from qflux.types import Family
@@ -99,7 +100,7 @@ class Plan:
 
     @property
     def peak(self) -> Phase:
-        """The phase that takes the most."""
+        """The phase that takes the most; on several devices, the one that leaves the least of its own."""
         return worst(self.phases)
 
     @property
@@ -107,23 +108,27 @@ class Plan:
         """Whether activations are only a rule of thumb, because nothing describes the network's blocks."""
         return not self.estimate.computing(self.setup).exact
 
-    def refusal(self, memory: int) -> list[str]:
-        """Why a card of ``memory`` bytes cannot hold the run, and what to change; empty when it can."""
-        too_large = [phase for phase in self.phases if phase.needed > memory]
+    def refusal(self, memory: int | None = None) -> list[str]:
+        """Why the run's devices cannot hold it, and what to change; empty when they can, or when nothing is known.
+
+        memory  bytes of the card; None = not known, or that of a split's devices
+        """
+        too_large = [phase for phase in self.phases if not phase.fits(memory)]
         if not too_large:
             return []
+        memory = memory or 0  # that of a split's devices is known, where it is none
         advice = advise(self.estimate, self.setup, memory, split=False)
         if not advice.reached:  # what can be done for the others when validation is left out
             advice = advise(self.estimate, self.setup, memory, but=VALIDATING, split=False)
-        then = {phase.name: phase.needed for phase in self.estimate.phases(advice.setup)}
+        then = {phase.name: phase.fits(memory) for phase in self.estimate.phases(advice.setup)}
         lines = []
         for phase in too_large:
             encoding = phase.name.startswith("encoding")
             changes = [change for change in advice.changes if (change.key == ENCODERS) == encoding]
-            told = remedy(changes if then.get(phase.name, 0) <= memory else ())
+            told = remedy(changes if then.get(phase.name, True) else ())
             told += next((f", or {other}" for name, other in _OTHERWISE.items() if phase.name.startswith(name)), "")
             lines.append(
-                f"memory: {phase.name} needs about {size(phase.needed)}, the device has {size(memory)}; {told}, or set "
+                f"memory: {phase.name} needs about {size(phase.needed)}{_has(phase, memory)}; {told}, or set "
                 "train.memory_limit: none to try it all the same"
             )
         return lines
@@ -169,9 +174,10 @@ class Plan:
                 ],
             },
             "gradient_checkpointing": self.setup.checkpointing,
-            "phases": [{"name": p.name, "bytes": p.bytes, "needed": p.needed, "parts": dict(p.parts)}
-                       for p in self.phases],
-            "peak": {"device": 0, "phase": self.peak.name, "bytes": self.peak.bytes, "needed": self.peak.needed},
+            "phases": [{"name": p.name, "device": p.device, "bytes": p.bytes, "needed": p.needed,
+                        "parts": dict(p.parts)} for p in self.phases],
+            "peak": {"device": self.split.devices.index(self.peak.device) if self.split and self.peak.device else 0,
+                     "phase": self.peak.name, "bytes": self.peak.bytes, "needed": self.peak.needed},
             "host": self.estimate.host(self.setup),
             "disk": {
                 "cache": None if self.disk.cache is None else self.disk.cache.total,
@@ -185,7 +191,7 @@ class Plan:
                 "samples": train.max_train_steps * batch,
                 "epochs": None if not samples else train.max_train_steps * batch / samples,
             },
-            "advice": None if self.advice is None else _advice_dict(self.advice),
+            "advice": None if self.advice is None else self.advice.as_dict(),
             "split": None if self.split is None else split_dict(self.split),
             "notes": list(self.notes),
             "problems": list(self.problems),
@@ -211,7 +217,7 @@ def make_plan(
     memory: int | None = None,
     datasets: Sequence[EditDataset] = (),
     model: Path | None = None,
-    split: bool = True,
+    devices: Sequence[SplitDevice] | None = None,
 ) -> Plan:
     """Plan a run from its config, the family's data and the data set's headers; loads no weights and no torch.
 
@@ -219,7 +225,7 @@ def make_plan(
               of ``train.memory_limit`` where that is one
     datasets  the training set, and the held-out set if there is one, where they are open already
     model     the model's folder on this machine, for a model that the family's data does not describe
-    split     also the split over devices that the config names or that are assumed
+    devices   what the network is split over, none = it is not; None = what the config names or two that are assumed
 
     Raises UserError for a hub model that the family's data does not describe, and for adapter targets that select
     nothing.
@@ -232,11 +238,13 @@ def make_plan(
     data, held_out = _data(config, family, text, datasets)
     described = {name: found for name in ("network", "vae") if (found := section(folder, name))}
     facts = structure["transformer"] if structure else {}
-    estimate = Estimate(config, family, layouts, described, adapted, data, facts, family.keep)
     setup, limit = setup_of(config), config.train.memory_limit
     if memory is None and limit not in (None, "none"):
         memory = memory_bytes(str(limit))
-    divided, refused = _split(estimate, setup, memory) if split else (None, [])
+    if devices is None:
+        devices = named_devices(config, memory) if config.model.split_model_over_gpus else ()
+    estimate = Estimate(config, family, layouts, described, adapted, data, facts, family.keep, devices)
+    estimate, refused = divided(estimate, setup)
     return Plan(
         config=config,
         family=family,
@@ -248,19 +256,16 @@ def make_plan(
         disk=_disk(estimate, setup, structure, text, held_out),
         notes=(*data.notes, *_notes(estimate)),
         problems=(*_problems(config, family, layouts, folder), *refused),
-        advice=None if memory is None or config.model.split_model_over_gpus else advise(estimate, setup, memory),
-        split=divided,
+        advice=None if memory is None else advise(estimate, setup, memory),
+        split=estimate.division(setup),
     )
 
 
-def _split(estimate: Estimate, setup: Setup, memory: int | None) -> tuple[SplitPlan | None, list[str]]:
-    """(where the blocks lie, None where they are not split; why they cannot be)."""
-    if not estimate.config.model.split_model_over_gpus:
-        return None, []
-    try:
-        return plan_of(estimate, setup, named_devices(estimate.config, memory)), []
-    except UserError as error:
-        return None, list(error.problems)
+def _has(phase: Phase, memory: int | None) -> str:
+    """Where a phase is too large."""
+    if phase.device is None or phase.capacity is None:
+        return f", the device has {size(memory or 0)}"
+    return f" on {phase.device}, which has {size(needed(phase.capacity))}"
 
 
 def _data(
@@ -381,20 +386,3 @@ def _problems(config: Config, family: Family, layouts: Mapping[str, Layout], des
         if asked > blocks:
             found.append(f"train.offload_blocks: found {asked}, expected 0 to {blocks}, the network's blocks")
     return found
-
-
-def _advice_dict(advice: Advice) -> dict[str, Any]:
-    changes = [
-        {
-            "key": change.key, "value": change.value, "price": change.price, "source": change.source,
-            "time_factor": None if change.factor is None else list(change.factor),
-        }
-        for change in advice.changes
-    ]  # fmt: skip
-    return {
-        "memory": advice.memory,
-        "fits": advice.fits,
-        "reached": advice.reached,
-        "changes": changes,
-        "needed_then": advice.peak.needed,
-    }

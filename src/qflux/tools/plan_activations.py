@@ -181,8 +181,12 @@ class Network:
 
     def inference(self, tokens: Tokens) -> int:
         """The most activations take without gradients."""
+        return max(self.passing(tokens), default=0)
+
+    def passing(self, tokens: Tokens) -> list[int]:
+        """The same of each block, in the order of the forward."""
         # Besides a step's temporaries: the block's input, its residual, and what its code still has a name for.
-        return max((block.inference + 4 * block.input for block in self.blocks(tokens)), default=0)
+        return [block.inference + 4 * block.input for block in self.blocks(tokens)]
 
     def _make_block(self, name: str, adapted: frozenset[str], tokens: Tokens) -> Block:
         if self.description is None:

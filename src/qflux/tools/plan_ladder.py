@@ -1,5 +1,7 @@
 """What to change so that a run fits a card: the first rungs that are enough, the cheapest in time first.
 
+A run whose network is split stays so: its rungs are those that work with a split, and each one's split is planned.
+
 The factors are rough: published measurements of other trainers on other cards, or estimates. They order the rungs and
 tell what to expect, not more.
 """
@@ -12,7 +14,8 @@ from typing import Any
 
 from qflux.models.memory_rules import text_components
 from qflux.tools.plan_activations import MODES
-from qflux.tools.plan_phases import RING, Estimate, Phase, Setup, worst
+from qflux.tools.plan_phases import RING, Estimate
+from qflux.tools.plan_setup import Phase, Setup, worst
 
 LINK = 25e9  # bytes a second from pinned host memory to a card, about PCIe 4.0 x16
 MOST_DEVICES = 8
@@ -62,10 +65,27 @@ class Advice:
     peak: Phase
     setup: Setup
 
+    def as_dict(self) -> dict[str, Any]:
+        """The section ``advice`` of ``--plan --json``."""
+        changes = [
+            {
+                "key": change.key, "value": change.value, "price": change.price, "source": change.source,
+                "time_factor": None if change.factor is None else list(change.factor),
+            }
+            for change in self.changes
+        ]  # fmt: skip
+        return {
+            "memory": self.memory,
+            "fits": self.fits,
+            "reached": self.reached,
+            "changes": changes,
+            "needed_then": self.peak.needed,
+        }
+
 
 def fits(estimate: Estimate, setup: Setup, memory: int, but: Collection[str] = ()) -> bool:
     """Whether every phase fits, those named in ``but`` apart."""
-    return all(phase.needed <= memory for phase in estimate.phases(setup) if phase.name not in but)
+    return all(phase.fits(memory) for phase in estimate.phases(setup) if phase.name not in but)
 
 
 def advise(estimate: Estimate, setup: Setup, memory: int, *, but: Collection[str] = (), split: bool = True) -> Advice:
@@ -79,8 +99,8 @@ def advise(estimate: Estimate, setup: Setup, memory: int, *, but: Collection[str
         return Advice(memory, True, True, (), _peak(estimate, setup, but), setup)
     others = {*but, *(f"encoding: {stage.name}" for stage in estimate.family.stages)}
     setup, changes = _encoders(estimate, setup, memory)
-    rungs = (_cache, _checkpointing, _optimizer, _eight_bits, _four_bits, _offload, _park, *([_split] if split else []))
-    for rung in rungs:
+    kinds = (_stages, _cache, _checkpointing, _at_once, _optimizer, _eight_bits, _four_bits, _offload, _park)
+    for rung in (*kinds, *([_split] if split else [])):
         if fits(estimate, setup, memory, others):
             break
         best = None
@@ -111,7 +131,7 @@ def _encoders(estimate: Estimate, setup: Setup, memory: int) -> tuple[Setup, lis
     for method in (None, "quanto-fp8", "bnb-nf4") if plain else ():
         same = method is None or now == {method}
         candidate = setup if same else replace(setup, quantize_text=method)
-        if all(phase.needed <= memory for phase in estimate.phases(candidate) if phase.name in phases):
+        if all(phase.fits(memory) for phase in estimate.phases(candidate) if phase.name in phases):
             break
     if candidate == setup:
         return setup, []
@@ -120,6 +140,19 @@ def _encoders(estimate: Estimate, setup: Setup, memory: int) -> tuple[Setup, lis
 
 
 Rungs = Iterator[tuple[Setup, Change]]
+
+
+def _stages(estimate: Estimate, setup: Setup) -> Rungs:
+    if estimate.devices and setup.strategy != "auto":
+        price = "none: blocks lie where there is room"
+        yield replace(setup, strategy="auto"), Change("model.split_model_strategy", "auto", price, (1.0, 1.0))
+
+
+def _at_once(estimate: Estimate, setup: Setup) -> Rungs:
+    if estimate.devices and setup.at_once > 1:
+        price = "one device computes at a time: a step takes at most as many times as long as there are devices"
+        most = float(len(estimate.devices))
+        yield replace(setup, at_once=1), Change("model.split_micro_batches", 1, price, (1.0, most))
 
 
 def _cache(estimate: Estimate, setup: Setup) -> Rungs:
@@ -166,7 +199,7 @@ def _four_bits(estimate: Estimate, setup: Setup) -> Rungs:
 def _offload(estimate: Estimate, setup: Setup) -> Rungs:
     """Numbers of blocks from few to many: as many as the ring has slots would save nothing."""
     blocks = estimate.blocks(setup)
-    if estimate.full:
+    if estimate.full or estimate.devices:  # a split block stays on its device
         return
     for count in range(max(setup.offloaded, RING) + 1, len(blocks) + 1):
         seconds = 2 * count * sum(blocks) / len(blocks) / LINK
@@ -183,6 +216,8 @@ def _park(estimate: Estimate, setup: Setup) -> Rungs:
 
 
 def _split(estimate: Estimate, setup: Setup) -> Rungs:
+    if estimate.devices or not estimate.blocks(setup):
+        return
     for devices in range(2, MOST_DEVICES + 1):
         changed = replace(setup, devices=devices, offloaded=0, parked=False)
         price = f"{devices} such cards; one computes at a time"
@@ -197,6 +232,7 @@ def _pruned(
         "cache.use_cache": "use_cache",
         "train.gradient_checkpointing": "checkpointing",
         "train.optimizer.name": "optimizer",
+        "model.split_micro_batches": "at_once",
         "model.quantize": "quantize",
         ENCODERS: "quantize_text",
         "train.offload_blocks": "offloaded",

@@ -1,4 +1,7 @@
-"""How much memory each phase of a run takes on its device: encoding, training, measuring, drawing, saving."""
+"""How much memory each phase of a run takes on its device: encoding, training, measuring, drawing, saving.
+
+Of a network over several devices each phase is told for the one that it fills most, by the loads of the split.
+"""
 
 from __future__ import annotations
 
@@ -10,75 +13,16 @@ from typing import Any
 
 from qflux.config import Config
 from qflux.models.memory_rules import method_of, spread, text_components
+from qflux.parallel.split_plan import SplitDevice, SplitPlan
 from qflux.tools.plan_activations import Computing, Network, Tokens
 from qflux.tools.plan_data import Data, DataShape
 from qflux.tools.plan_memory import IN_FP32, Layout, Shape, adapter_shapes, list_bytes, state_bytes, weight_bytes
+from qflux.tools.plan_setup import COPIES, DTYPE_BYTES, SAVING, STEP, VALIDATING, Phase, Setup
+from qflux.tools.plan_split import divided_phases, plan_of
 from qflux.types import EncodeStage, Family
 
-DTYPE_BYTES = {"no": 4, "bf16": 2, "fp16": 2}
 HELD_OUT_LEVELS = 5  # noise levels of the held-out loss, as many in one forward as a micro-batch has samples
-VALIDATING = ("held-out loss", "drawing samples")  # phases that a run can do without
 RING = 2  # slots on the device that offloaded blocks visit
-CONTEXT = 600 << 20  # bytes that the driver and its libraries take before a tensor is there, about
-LOST = 0.03  # share of the peak that the allocator cannot use, about
-
-
-@dataclass(frozen=True)
-class Setup:
-    """What of a config decides memory.
-
-    quantize       how the denoiser is quantized, or None
-    quantize_text  how all text encoders are, None = each as the config says
-    offloaded      blocks that wait in host memory
-    parked         whether the inputs of what is recomputed wait there too
-    """
-
-    precision: str
-    checkpointing: str
-    optimizer: str
-    use_cache: bool
-    quantize: str | None = None
-    quantize_text: str | None = None
-    offloaded: int = 0
-    parked: bool = False
-    devices: int = 1
-
-
-def setup_of(config: Config) -> Setup:
-    """The setup that a config asks for."""
-    train = config.train
-    return Setup(
-        precision=train.mixed_precision,
-        checkpointing=train.gradient_checkpointing,
-        optimizer=train.optimizer.name,
-        use_cache=config.cache.use_cache,
-        quantize=config.model.quantize or None,
-        offloaded=train.offload_blocks,
-        parked=train.offload_activations,
-    )
-
-
-@dataclass(frozen=True)
-class Phase:
-    """One phase on one device: its parts in bytes; the phase takes their sum."""
-
-    name: str
-    parts: Mapping[str, int]
-
-    @property
-    def bytes(self) -> int:
-        """Bytes of all tensors at the phase's worst moment."""
-        return sum(self.parts.values())
-
-    @property
-    def needed(self) -> int:
-        """With what the driver takes and the allocator cannot use: what the card must have."""
-        return needed(self.bytes)
-
-
-def needed(peak: int) -> int:
-    """Memory of a card on which tensors can take ``peak`` bytes."""
-    return round(peak * (1 + LOST)) + CONTEXT
 
 
 @dataclass
@@ -90,6 +34,7 @@ class Estimate:
     adapted      full name → (out, in) of the layers with an adapter; empty where every weight is trained
     structure    the network's config, for the facts its blocks depend on
     keep         linear layers inside the blocks that are never quantized
+    devices      where the network is split: over what
     """
 
     config: Config
@@ -100,6 +45,8 @@ class Estimate:
     data: Data
     structure: Mapping[str, Any] = field(default_factory=dict)
     keep: Sequence[str] = ()
+    devices: Sequence[SplitDevice] = ()
+    _divisions: dict[Setup, SplitPlan] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def full(self) -> bool:
@@ -167,13 +114,11 @@ class Estimate:
         return found
 
     def resident(self, setup: Setup) -> int:
-        """Bytes of the denoiser on the fullest device: without offloaded blocks, spread over the devices."""
+        """Bytes of the denoiser on a single device, without offloaded blocks."""
         blocks = self.blocks(setup)
-        rest = self.component_bytes(self.family.denoiser, setup) - sum(blocks)
         streamed = [blocks[index] for index in _offloaded(blocks, setup)]
         slots = sum(max(streamed[first::RING]) for first in range(min(RING, len(streamed))))
-        kept = sum(blocks) - sum(streamed)
-        return rest + -(-kept // setup.devices) + slots + (max(blocks, default=0) if setup.devices > 1 else 0)
+        return self.component_bytes(self.family.denoiser, setup) - sum(streamed) + slots
 
     def host(self, setup: Setup) -> dict[str, int]:
         """Pinned host memory in bytes: of offloaded blocks, and of activations that wait there."""
@@ -185,25 +130,40 @@ class Estimate:
 
     def phases(self, setup: Setup) -> list[Phase]:
         """Every phase of the run, in order; encoding is none of it where the cache is made elsewhere."""
-        cache = self.config.cache
-        elsewhere = setup.use_cache and cache.on_missing == "refuse"
-        found = [] if elsewhere else [self._encoding(stage, setup) for stage in self.family.stages]
+        plan = self.division(setup)
+        return self.whole(setup) if plan is None else divided_phases(self, setup, plan)
+
+    def whole(self, setup: Setup) -> list[Phase]:
+        """The same with the whole network on one device."""
         held = self.held(setup)
-        found.append(Phase("training step", held | self._training(setup)))
+        found = [Phase(name, held | self._moment(name, setup)) for name in (STEP, *self.between())]
+        return [*self.encodings(setup), *found]
+
+    def division(self, setup: Setup) -> SplitPlan | None:
+        """Where the blocks lie on several devices, whether they fit there or not; None where there is one."""
+        devices = self.devices or [SplitDevice(f"card {index}") for index in range(setup.devices)]
+        if not self.blocks(setup) or (setup.devices == 1 and not self.devices):
+            return None
+        if setup not in self._divisions:
+            self._divisions[setup] = plan_of(self, setup, devices, refuse=False)
+        return self._divisions[setup]
+
+    def between(self) -> tuple[str, ...]:
+        """Names of the phases between steps."""
         settings = self.config.logging.validation
-        if settings.steps and settings.held_out:
-            shapes = self.data.held_out or self.data.shapes
-            work = self._inference(shapes, min(HELD_OUT_LEVELS, self.config.data.batch_size), setup)
-            found.append(Phase(VALIDATING[0], held | {"activations": work}))
-        if settings.steps and settings.samples:
-            found.append(Phase(VALIDATING[1], held | self._drawing(setup)))
-        found.append(Phase("saving a checkpoint", held | {"copies of what is trained": self._copies(setup)}))
-        return found
+        wanted = settings.held_out, settings.samples
+        validating = [name for name, asked in zip(VALIDATING, wanted, strict=True) if settings.steps and asked]
+        return (*validating, SAVING)
 
     def tokens(self, batch: int | None = None) -> Tokens:
         """Of the largest shape."""
         tokens = self.data.shapes[0].tokens
         return Tokens(tokens.image, tokens.text, batch or self.config.data.batch_size)
+
+    def encodings(self, setup: Setup) -> list[Phase]:
+        """The phases before the network is there."""
+        elsewhere = setup.use_cache and self.config.cache.on_missing == "refuse"
+        return [] if elsewhere else [self._encoding(stage, setup) for stage in self.family.stages]
 
     def _encoding(self, stage: EncodeStage, setup: Setup) -> Phase:
         parts = {name: size for name in stage.components if (size := self.component_bytes(name, setup))}
@@ -234,66 +194,78 @@ class Estimate:
     def held(self, setup: Setup) -> dict[str, int]:
         """What lies on the device all through training."""
         numbers = sum(map(math.prod, self.trained))
-        share = setup.devices
-        parts = {self.family.denoiser: self.resident(setup)}
-        if not self.full:
-            parts["adapter"] = 4 * numbers // share
-        parts["optimizer"] = state_bytes(setup.optimizer, self.trained) // share
-        if self.config.train.ema is not None:
-            parts["average of the weights"] = 4 * numbers // share
+        return {
+            self.family.denoiser: self.resident(setup),
+            **{name: width * numbers for name, width in self.kept_widths().items()},
+            "optimizer": state_bytes(setup.optimizer, self.trained),
+            **self.others(setup),
+        }
+
+    def others(self, setup: Setup) -> dict[str, int]:
+        """The other components that lie there: encoders without a cache, what samples are drawn with."""
+        settings, names = self.config.logging.validation, list[str]()
         if not setup.use_cache:
-            for stage in self.family.stages:
-                parts |= {name: size for name in stage.components if (size := self.component_bytes(name, setup))}
-        settings = self.config.logging.validation
+            names += [name for stage in self.family.stages for name in stage.components]
         if settings.steps and settings.samples:
-            parts |= {name: size for name in self.family.drawing if (size := self.component_bytes(name, setup))}
-        return parts
+            names += self.family.drawing
+        return {name: size for name in names if (size := self.component_bytes(name, setup))}
 
-    def _training(self, setup: Setup) -> dict[str, int]:
-        numbers, network = sum(map(math.prod, self.trained)), self.computing(setup)
-        tokens, mode = self.tokens(), setup.checkpointing
-        offloaded = frozenset(_offloaded(self.blocks(setup), setup))
-        peak = network.peak(mode, tokens, offloaded, setup.parked)
-        if setup.devices > 1:
-            saved = network.saved(mode, tokens, offloaded, setup.parked)
-            peak = peak - saved + -(-saved // setup.devices)
-        parts = {"gradients": 4 * numbers // setup.devices, "activations": peak}
-        if self.full and DTYPE_BYTES[setup.precision] < 4:
-            parts["16-bit copies of the weights"] = 2 * numbers // setup.devices
-        if not setup.use_cache:
-            parts["activations of the encoders"] = max(
-                self._encoding(stage, setup).parts["activations"] for stage in self.family.stages
-            )
-        return parts
+    def kept_widths(self) -> dict[str, int]:
+        """Bytes for each trained number that are there in every phase, the optimizer's state apart."""
+        average = {} if self.config.train.ema is None else {"average of the weights": 4}
+        return average if self.full else {"adapter": 4, **average}
 
-    def _inference(self, shapes: Sequence[DataShape], batch: int, setup: Setup) -> int:
-        """Activations without a backward pass, of the worst of ``shapes``."""
-        network = self.computing(setup)
-        return max(network.inference(Tokens(s.tokens.image, s.tokens.text, batch)) for s in shapes)
+    def widths(self, phase: str, setup: Setup) -> dict[str, int]:
+        """Bytes for each trained number that are there in one phase."""
+        averaged = self.config.train.ema is not None
+        if phase == STEP:
+            low = self.full and DTYPE_BYTES[setup.precision] < 4
+            return {"gradients": 4} | ({"16-bit copies of the weights": 2} if low else {})
+        if phase == SAVING:
+            return {}  # copies go to host memory
+        # Weights that are put aside for the average, and the adapter in the base's dtype.
+        return {COPIES: 4 * averaged + (0 if self.full else self.base_bytes(setup))}
 
-    def _drawing(self, setup: Setup) -> dict[str, int]:
-        numbers = sum(map(math.prod, self.trained)) // setup.devices
-        copies = (4 * numbers if self.config.train.ema is not None else 0) + self.base_bytes(setup) * numbers
-        shapes = self.data.drawn or self.data.shapes
+    def _moment(self, phase: str, setup: Setup) -> dict[str, int]:
+        """What is there in one phase beside what is held."""
+        numbers = sum(map(math.prod, self.trained))
+        parts = {name: width * numbers for name, width in self.widths(phase, setup).items()}
+        if phase == STEP:
+            offloaded = frozenset(_offloaded(self.blocks(setup), setup))
+            network = self.computing(setup)
+            parts["activations"] = network.peak(setup.checkpointing, self.tokens(), offloaded, setup.parked)
+            return parts | ({} if setup.use_cache else {"activations of the encoders": self.encoders(setup)})
+        work = max([*self.passing(phase, setup), self.pictures(phase, setup)])
+        return parts | ({"activations": work} if work else {})
+
+    def encoders(self, setup: Setup) -> int:
+        """Activations of the encoders in a step; none with a cache."""
+        if setup.use_cache:
+            return 0
+        return max(self._encoding(stage, setup).parts["activations"] for stage in self.family.stages)
+
+    def passing(self, phase: str, setup: Setup) -> list[int]:
+        """The most that each block takes while it runs in a phase between steps."""
+        network, data = self.computing(setup), self.data
+        if phase == VALIDATING[0]:
+            batch, shapes = min(HELD_OUT_LEVELS, self.config.data.batch_size), data.held_out or data.shapes
+        elif phase == VALIDATING[1]:
+            batch, shapes = 1, data.drawn or data.shapes
+        else:
+            return [0] * len(self.blocks(setup))
+        each = [network.passing(Tokens(shape.tokens.image, shape.tokens.text, batch)) for shape in shapes]
+        return [max(found) for found in zip(*each, strict=True)]
+
+    def pictures(self, phase: str, setup: Setup) -> int:
+        """Activations of the VAE in a phase between steps."""
+        if phase != VALIDATING[1]:
+            return 0
+        shapes: Sequence[DataShape] = self.data.drawn or self.data.shapes
         targets = max(math.prod(shape.target) for shape in shapes)
         given = max((math.prod(size) for shape in shapes for size in shape.controls), default=0)
-        work = max(
-            self._inference(shapes, 1, setup),
-            self._pictures(setup, "decode", targets),
-            self._pictures(setup, "encode", given),
-        )
-        return {"copies of what is trained": copies if not self.full else 0, "activations": work}
-
-    def _copies(self, setup: Setup) -> int:
-        twice = self.config.train.ema is not None or setup.optimizer == "adamw_schedule_free"
-        return 4 * sum(map(math.prod, self.trained)) * (2 if twice else 1) // setup.devices
+        return max(self._pictures(setup, "decode", targets), self._pictures(setup, "encode", given))
 
 
 def _offloaded(blocks: Sequence[int], setup: Setup) -> list[int]:
     """Indices of the blocks that wait in host memory."""
     return spread(len(blocks), min(setup.offloaded, len(blocks)))
-
-
-def worst(phases: Sequence[Phase]) -> Phase:
-    """The phase that takes the most."""
-    return max(phases, key=lambda phase: phase.bytes)

@@ -1,4 +1,4 @@
-"""The split of a network over devices from names and shapes: what each block weighs, and the plan's section of it.
+"""The split of a network over devices from names and shapes: what each block weighs, and what a phase takes there.
 
 Blocks, their bytes and activations are those of the plan's phases, so both agree; needs no torch. Approximate: the
 constants that each device gets once a forward, and the compute of a block, which counts its products only.
@@ -7,23 +7,26 @@ constants that each device gets once a forward, and the compute of a block, whic
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qflux.config import Config
-from qflux.parallel.split_plan import Part, SplitBlock, SplitDevice, SplitPlan, SplitRest, plan_split
+from qflux.errors import UserError
+from qflux.models.memory_rules import usable
+from qflux.parallel.split_parts import DeviceLoad, Part, SplitBlock, SplitDevice, SplitPlan, SplitRest
+from qflux.parallel.split_plan import plan_split
 from qflux.tools.plan_memory import Layout, Shape, adapter_shapes, state_bytes
-from qflux.tools.plan_phases import CONTEXT, DTYPE_BYTES, LOST, Estimate, Setup
+from qflux.tools.plan_setup import DTYPE_BYTES, STEP, Phase, Setup, worst
+
+if TYPE_CHECKING:
+    from qflux.tools.plan_phases import Estimate
 
 ASSUMED = ("cuda:0", "cuda:1")  # where the config names no devices and none are asked
 BEHIND = ("norm_out.", "proj_out.")  # what networks call after their last block
+TRAINED = "what is trained"  # adapter, gradients, state of the optimizer, averages and copies
 _HEAD_DIM = 128
-
-
-def usable(memory: int, context: int = CONTEXT) -> int:
-    """Bytes that tensors can take of a device's memory; ``context`` is what the driver still takes of it."""
-    return max(1, int((memory - context) / (1 + LOST)))
 
 
 def named_devices(config: Config, memory: int | None) -> list[SplitDevice]:
@@ -32,50 +35,105 @@ def named_devices(config: Config, memory: int | None) -> list[SplitDevice]:
     return [SplitDevice(name, None if memory is None else usable(memory) // names.count(name)) for name in names]
 
 
-def plan_of(estimate: Estimate, setup: Setup, devices: Sequence[SplitDevice]) -> SplitPlan:
-    """The split that a config asks for on these devices; what is resident on the first is added here.
+def plan_of(estimate: Estimate, setup: Setup, devices: Sequence[SplitDevice], *, refuse: bool = True) -> SplitPlan:
+    """The split that a setup asks for on these devices; what else the first one holds and computes is added here.
 
     Raises UserError as ``plan_split`` does.
     """
     model = estimate.config.model
-    first, *others = devices
     blocks, rest = network_parts(estimate, setup)
+    first = replace(
+        devices[0],
+        resident=sum(estimate.others(setup).values()),
+        working=estimate.encoders(setup),
+        between=tuple(estimate.pictures(phase, setup) for phase in rest.phases),
+    )
     return plan_split(
         blocks,
-        [replace(first, resident=first.resident + resident_bytes(estimate, setup)), *others],
+        [first, *devices[1:]],
         rest=rest,
-        strategy=model.split_model_strategy,
+        strategy=setup.strategy,
         scale=model.split_model_other_module_param_count_scale,
-        counts=model.split_model_blocks,
-        micro_batches=model.split_micro_batches,
+        counts=model.split_model_blocks if setup.strategy == "manual" else None,
+        micro_batches=setup.at_once,
+        refuse=refuse,
     )
 
 
-def resident_bytes(estimate: Estimate, setup: Setup) -> int:
-    """Of the other components that stay on the first device while the network trains."""
-    held = estimate.held(setup)
-    return sum(size for name, size in held.items() if name in estimate.layouts and name != estimate.family.denoiser)
+def divided(estimate: Estimate, setup: Setup) -> tuple[Estimate, list[str]]:
+    """(the estimate, of one device where the network cannot be split; why not, or which device has too little)."""
+    try:
+        plan = estimate.division(setup)
+    except UserError as error:
+        return replace(estimate, devices=()), list(error.problems)
+    try:
+        if plan is not None:
+            plan_of(estimate, setup, estimate.devices)
+    except UserError as error:
+        return estimate, list(error.problems)
+    return estimate, []
+
+
+def divided_phases(estimate: Estimate, setup: Setup, plan: SplitPlan) -> list[Phase]:
+    """Every phase of the run, each told for the device that it fills most; the first one encodes.
+
+    Stages on one device are one: their bytes and capacities add up.
+    """
+    rooms = Counter[str]()
+    for load in plan.loads:
+        rooms[load.device.name] += load.device.capacity or 0
+    first = plan.devices[0]
+    found = [replace(each, device=first, capacity=rooms[first] or None) for each in estimate.encodings(setup)]
+    others = estimate.others(setup)
+    for moment, name in enumerate((STEP, *plan.phases)):
+        each = []
+        for device, room in rooms.items():
+            parts = Counter(others if device == first else {})
+            for load in plan.loads:
+                parts.update(_load_parts(estimate, load, moment) if load.device.name == device else {})
+            each.append(Phase(name, dict(parts), device, room or None))
+        found.append(worst(each))
+    return found
+
+
+def device_bytes(plan: SplitPlan) -> dict[str, int]:
+    """Device → bytes of tensors there at the worst moment of training and of the phases between steps."""
+    found: dict[str, list[tuple[int, ...]]] = {}
+    for load in plan.loads:
+        found.setdefault(load.device.name, []).append(load.moments)
+    return {name: max(map(sum, zip(*stages, strict=True))) for name, stages in found.items()}
+
+
+def _load_parts(estimate: Estimate, load: DeviceLoad, moment: int) -> dict[str, int]:
+    """What one stage holds in a training step (0) or in a phase between steps, but for other components."""
+    parts = {estimate.family.denoiser: load.weights}
+    if moment:
+        return parts | {TRAINED: load.idle[moment - 1], "activations": load.passing[moment - 1]}
+    encoders = {"activations of the encoders": load.device.working} if load.device.working else {}
+    return parts | {TRAINED: load.trained, "activations": load.activations, **encoders}
 
 
 def network_parts(estimate: Estimate, setup: Setup) -> tuple[list[SplitBlock], SplitRest]:
     """(blocks in the order of the forward, what is around them) of the denoiser at the largest planned shape."""
     layout, network, tokens = estimate.network, estimate.computing(setup), estimate.tokens()
     held = list(network.held(setup.checkpointing, tokens, (), setup.parked))
-    weights, names = (
-        estimate.blocks(setup),
-        [(name, i) for name in network.lists for i in range(layout.blocks[name][0])],
-    )
-    trained = _trained_bytes(estimate, setup)
-    blocks = []
-    for (name, index), weight, (block, again, away) in zip(names, weights, held, strict=True):
+    weights, blocks = estimate.blocks(setup), []
+    names = [(name, index) for name in network.lists for index in range(layout.blocks[name][0])]
+    trained, phases = _trained_bytes(estimate, setup), estimate.between()
+    nothing = (0, (0,) * len(phases))
+    passing = zip(*(estimate.passing(phase, setup) for phase in phases), strict=True)
+    for (name, index), weight, (block, again, away), moments in zip(names, weights, held, passing, strict=True):
+        step, idle = trained.get(f"{name}.{index}", nothing)
         blocks.append(
             SplitBlock(
                 block_list=name,
                 parameters=sum(map(math.prod, layout.blocks[name][1].values())),
                 weight=weight,
-                trained=trained.get(f"{name}.{index}", 0),
+                trained=step,
                 saved=block.saved(setup.checkpointing, again, away),
                 running=block.input * (again + away) + block.running,
+                idle=idle,
+                passing=moments,
                 input=block.input,
                 compute=float(network.products(name, tokens)),
             )
@@ -85,11 +143,13 @@ def network_parts(estimate: Estimate, setup: Setup) -> tuple[list[SplitBlock], S
     channels = next((shape[0] for name, shape in layout.rest.items() if name == "proj_out.weight"), 0)
     b, dim = DTYPE_BYTES[setup.precision], int(estimate.structure.get("attention_head_dim") or _HEAD_DIM)
     tables, modulation = 2 * 4 * dim * (tokens.image + tokens.text), 6 * network.hidden() * b * tokens.batch
+    (before, idle), (behind, kept) = trained.get("", nothing), trained.get("head", nothing)
     return blocks, SplitRest(
-        embed=Part(weight=rest - head, trained=trained.get("", 0)),
-        head=Part(weight=head, trained=trained.get("head", 0), saved=network.after(tokens)),
+        embed=Part(weight=rest - head, trained=before, idle=idle),
+        head=Part(weight=head, trained=behind, idle=kept, saved=network.after(tokens)),
         constants=tables + modulation,
         output=channels * tokens.of("image") * b,
+        phases=phases,
     )
 
 
@@ -98,8 +158,8 @@ def _head_bytes(layout: Layout, dtype_bytes: int) -> int:
     return sum(layout.packed.get(name, math.prod(shape) * dtype_bytes) for name, shape in own.items())
 
 
-def _trained_bytes(estimate: Estimate, setup: Setup) -> dict[str, int]:
-    """Block (``head`` and ``""`` for the rest) → bytes that training adds: adapter, gradients, optimizer, average."""
+def _trained_bytes(estimate: Estimate, setup: Setup) -> dict[str, tuple[int, tuple[int, ...]]]:
+    """Block (``head``, ``""`` for the rest) → bytes that training adds in a step, and in each phase between steps."""
     shapes: dict[str, list[Shape]] = {}
     lora, lists = estimate.config.model.lora, estimate.computing(setup).lists
     each: Iterable[tuple[str, list[Shape]]] = ((name, [shape]) for name, shape in estimate.network.tensors())
@@ -111,11 +171,13 @@ def _trained_bytes(estimate: Estimate, setup: Setup) -> dict[str, int]:
         inside = parts[0] in lists and len(parts) > 1
         owner = ".".join(parts[:2]) if inside else "head" if f"{name}.".startswith(BEHIND) else ""
         shapes.setdefault(owner, []).extend(found)
-    width = 4 if lora is not None else 2 * (DTYPE_BYTES[setup.precision] < 4)  # the adapter, or 16-bit copies
-    width += 4 + 4 * (estimate.config.train.ema is not None)
-    return {
-        owner: width * sum(map(math.prod, own)) + state_bytes(setup.optimizer, own) for owner, own in shapes.items()
-    }
+    kept = sum(estimate.kept_widths().values())
+    step, *between = (kept + sum(estimate.widths(phase, setup).values()) for phase in (STEP, *estimate.between()))
+    totals = {}
+    for owner, own in shapes.items():
+        numbers, state = sum(map(math.prod, own)), state_bytes(setup.optimizer, own)
+        totals[owner] = step * numbers + state, tuple(width * numbers + state for width in between)
+    return totals
 
 
 def split_dict(plan: SplitPlan) -> dict[str, Any]:
@@ -128,8 +190,9 @@ def split_dict(plan: SplitPlan) -> dict[str, Any]:
                 "blocks": [{"list": name, "count": count} for name, count in load.blocks],
                 "weights": load.weights,
                 "trained": load.trained,
-                "activations": load.activations,
+                "activations": load.activations + load.device.working,
                 "resident": load.device.resident,
+                "phases": dict(zip((STEP, *plan.phases), load.moments, strict=True)),
                 "bytes": load.bytes,
                 "capacity": load.device.capacity,
             }
@@ -143,11 +206,11 @@ def split_dict(plan: SplitPlan) -> dict[str, Any]:
     }
 
 
-def advice(config: Config, plan: SplitPlan, whole: int) -> list[str]:
-    """Where other ways to use several devices are better; ``whole`` = bytes of a training step on one device."""
+def advice(config: Config, plan: SplitPlan, whole: Sequence[Phase]) -> list[str]:
+    """Where other ways to use several devices are better; ``whole`` = the phases with the network on one device."""
     several, found = len(set(plan.devices)), []
     capacity = plan.loads[0].device.capacity
-    if capacity is not None and whole <= capacity:
+    if capacity is not None and worst(whole).bytes <= capacity:
         found.append("the whole network fits on one device: DDP (accelerate_configs/ddp.yaml) keeps all of them busy")
     elif several > 2 or config.data.batch_size > 1:
         found.append(

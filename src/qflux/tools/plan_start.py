@@ -13,10 +13,11 @@ from qflux.config_values import memory_bytes
 from qflux.data.dataset import EditDataset
 from qflux.errors import UserError
 from qflux.io.progress import say
+from qflux.models.memory_rules import CONTEXT, usable
 from qflux.parallel.split_plan import SplitDevice, SplitPlan
 from qflux.tools.plan import make_plan
-from qflux.tools.plan_phases import CONTEXT, setup_of
-from qflux.tools.plan_split import plan_of, usable
+from qflux.tools.plan_setup import setup_of
+from qflux.tools.plan_split import plan_of
 
 if TYPE_CHECKING:
     from qflux.trainer.base_trainer import BaseTrainer
@@ -28,29 +29,47 @@ def check_plan(config: Config, trainer_class: type[BaseTrainer], datasets: Seque
     datasets  the training set and, where there is one, the held-out set
     folder    the model's, for a model that no data describes
 
-    A plan by a rule of thumb only warns; what cannot be planned at all is not checked.
+    Of a network that is split each phase counts on the device that it fills most. A plan by a rule of thumb only warns;
+    what cannot be planned at all is not checked.
     """
+    devices = _split_devices(config)
     try:
-        plan = make_plan(config, trainer_class, datasets=datasets, model=folder, split=False)
+        plan = make_plan(config, trainer_class, datasets=datasets, model=folder, devices=devices)
     except UserError as error:
         say(f"plan: none, {error.problems[0]}")
         return
-    if plan.problems:
+    if plan.problems and not devices:
         raise UserError(*plan.problems)
     for line in plan.summary():
         say(line)
-    if config.model.split_model_over_gpus:
-        say("plan: that is one device with the whole network")
-        return
-    memory = memory_to_fit(config.train.memory_limit)
-    if _in_shards():
+    if not devices and _in_shards():
         say("plan: that is one device with the whole network; spread over several each takes less")
         return
-    refused = [] if memory is None else plan.refusal(memory)
-    if refused and not plan.rough:
-        raise UserError(*refused)
+    refused = plan.refusal(None if devices else memory_to_fit(config.train.memory_limit))
+    if plan.problems or (refused and not plan.rough):
+        raise UserError(*plan.problems, *refused)
     for line in refused:
         say(f"plan: by a rule of thumb, {line}")
+
+
+def _split_devices(config: Config) -> list[SplitDevice]:
+    """The devices of a split with what tensors can take there, none where the network is not split."""
+    if not config.model.split_model_over_gpus:
+        return []
+    from qflux.parallel.split_placement import split_devices
+
+    return _with_room(config, split_devices(config.model.split_devices))
+
+
+def _with_room(config: Config, devices: Sequence[SplitDevice]) -> list[SplitDevice]:
+    """Devices whose capacity is what is free: as ``train.memory_limit`` says it, where that says anything."""
+    limit, names = config.train.memory_limit, [each.name for each in devices]
+    if limit is None:
+        found = [each.capacity and usable(each.capacity, 0) for each in devices]
+    else:
+        whole = None if limit == "none" else usable(memory_bytes(limit))
+        found = [whole and whole // names.count(name) for name in names]
+    return [replace(each, capacity=capacity) for each, capacity in zip(devices, found, strict=True)]
 
 
 def split_planner(
@@ -62,15 +81,8 @@ def split_planner(
     """
 
     def divide(devices: Sequence[SplitDevice]) -> SplitPlan:
-        estimate = make_plan(config, trainer_class, datasets=datasets, model=folder, split=False).estimate
-        limit, names = config.train.memory_limit, [each.name for each in devices]
-        if limit is None:
-            found = [each.capacity and usable(each.capacity, 0) for each in devices]
-        else:
-            whole = None if limit == "none" else usable(memory_bytes(limit))
-            found = [whole and whole // names.count(name) for name in names]
-        devices = [replace(each, capacity=capacity) for each, capacity in zip(devices, found, strict=True)]
-        return plan_of(estimate, setup_of(config), devices)
+        estimate = make_plan(config, trainer_class, datasets=datasets, model=folder, devices=()).estimate
+        return plan_of(estimate, setup_of(config), _with_room(config, devices))
 
     return divide
 

@@ -9,9 +9,10 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from qflux.models.memory_rules import needed
 from qflux.tools.plan_activations import MODES
 from qflux.tools.plan_memory import state_bytes
-from qflux.tools.plan_split import advice
+from qflux.tools.plan_split import advice, device_bytes
 
 if TYPE_CHECKING:
     from qflux.parallel.split_plan import SplitPlan
@@ -36,16 +37,20 @@ def plan_text(plan: Plan) -> str:
     if plan.split:
         parts.append(_split_lines(plan, plan.split))
     if plan.advice:
-        parts.append(_advice_lines(plan.advice))
+        parts.append(_advice_lines(plan.advice, len(plan.split.loads) if plan.split else 1))
     return "\n\n".join("\n".join(lines) for lines in parts)
 
 
 def summary(plan: Plan) -> list[str]:
-    """The plan in two lines, as training says it before it loads anything."""
+    """The plan in two lines, as training says it before it loads anything; of a split with what each device needs."""
     peak, disk = plan.peak, plan.disk
     cache = "" if disk.cache is None or disk.cache.total is None else f"{size(disk.cache.total)} of cache and "
+    where, what = f" on {peak.device}" if peak.device else "", _largest(peak.parts)
+    if plan.split:
+        each = device_bytes(plan.split).items()
+        what += f"; with the network split {', '.join(f'{name} {size(needed(count))}' for name, count in each)}"
     return [
-        f"plan: a device needs about {size(peak.needed)} ({peak.name}: {_largest(peak.parts)})",
+        f"plan: a device needs about {size(peak.needed)} ({peak.name}{where}: {what})",
         f"plan: the disk holds {cache}{_checkpoints(plan)}",
     ]
 
@@ -99,20 +104,24 @@ def _data_lines(plan: Plan) -> list[str]:
 
 def _memory_lines(plan: Plan) -> list[str]:
     unit, scale = _unit(phase.needed for phase in plan.phases)
-    rows = [("phase", f"tensors, {unit}", "a card needs", "most of it")]
-    room = WIDTH - max(len(phase.name) for phase in plan.phases) - sum(len(head) + 2 for head in rows[0][1:3]) - 2
-    for phase in plan.phases:
+    names: list[tuple[str, ...]] = [("phase", "on"), *((phase.name, phase.device or "") for phase in plan.phases)]
+    names = names if plan.split else [name[:1] for name in names]
+    heads = (f"tensors, {unit}", "a card needs", "most of it")
+    room = WIDTH - sum(max(map(len, column)) + 2 for column in zip(*names, strict=True)) - len(heads[0] + heads[1]) - 4
+    rows = [(*names[0], *heads)]
+    for phase, name in zip(plan.phases, names[1:], strict=True):
         parts = sorted(phase.parts.items(), key=lambda item: -item[1])[:_SHOWN_PARTS]
-        shown = ", ".join(f"{name} {_amount(value, scale)}" for name, value in parts if _shows(value, scale))
+        shown = ", ".join(f"{part} {_amount(value, scale)}" for part, value in parts if _shows(value, scale))
         while len(shown) > room:
             shown = shown.rpartition(", ")[0]
-        rows.append((phase.name, _amount(phase.bytes, scale), _amount(phase.needed, scale), shown))
+        rows.append((*name, _amount(phase.bytes, scale), _amount(phase.needed, scale), shown))
     peak, host = plan.peak, plan.estimate.host(plan.setup)
+    on = f" on {peak.device}" if peak.device else ""
     waiting = [f"{size(count)} of {what}" for what, count in
                (("blocks", host["offloaded"]), ("activations", host["activations"])) if count]  # fmt: skip
     return [
-        *_table(rows, "<>><"),
-        f"peak: {peak.name}, {size(peak.bytes)}; a card needs about {size(peak.needed)}",
+        *_table(rows, "<" * len(names[0]) + ">><"),
+        f"peak: {peak.name}{on}, {size(peak.bytes)}; a card needs about {size(peak.needed)}",
         *([f"host memory, pinned: {' and '.join(waiting)}"] if waiting else []),
     ]
 
@@ -120,20 +129,24 @@ def _memory_lines(plan: Plan) -> list[str]:
 def _split_lines(plan: Plan, split: SplitPlan) -> list[str]:
     unit, scale = _unit(load.bytes for load in split.loads)
     rows: list[Sequence[str]] = [
-        ("device", "blocks", f"weights, {unit}", "trained", "activations", "others", "in all", "of")
+        ("device", "blocks", f"weights, {unit}", "trained", "activations", "others", "a step", "between", "of")
     ]
     for load in split.loads:
         blocks = " + ".join(f"{count} {name}" for name, count in load.blocks) or "none"
-        figures = (load.weights, load.trained, load.activations, load.device.resident, load.bytes)
+        step, *between = load.moments
+        working = load.activations + load.device.working
+        figures = (load.weights, load.trained, working, load.device.resident, step, max(between))
         capacity = load.device.capacity
         given = "?" if capacity is None else _amount(capacity, scale)
         rows.append((load.device.name, blocks, *(_amount(figure, scale) for figure in figures), given))
-    whole = next(phase.bytes for phase in plan.phases if phase.name == "training step")
+    whole = plan.estimate.whole(plan.setup)
     lines = [
         *_wrapped(
-            f"the network over {len(split.loads)} devices ({split.strategy}); phases above are those of one", "  "
+            f"the network over {len(split.loads)} devices ({split.strategy}), in a step and between steps; each phase "
+            "above is that of the device it fills most",
+            "  ",
         ),
-        *_table(rows, "<<>>>>>>"),
+        *_table(rows, "<<" + ">" * 7),
         f"{split.transfers} transfers a forward, {size(split.step_bytes)} cross in {split.micro_batches} "
         f"micro-batch{'es' * (split.micro_batches > 1)}; balance of compute {split.balance:.2f}",
     ]
@@ -158,15 +171,17 @@ def _end_lines(plan: Plan) -> list[str]:
     return lines
 
 
-def _advice_lines(advice: Advice) -> list[str]:
-    have = size(advice.memory)
+def _advice_lines(advice: Advice, cards: int) -> list[str]:
+    have = f"a card of {size(advice.memory)} is"
+    if cards > 1:
+        have = f"{cards} cards of {size(advice.memory)} are"
     if advice.fits:
-        return [f"a card of {have} is enough"]
+        return [f"{have} enough"]
     rest = f"{size(advice.peak.needed)} ({advice.peak.name})"
-    head = f"a card of {have} is not enough; the first change that fits, to {rest}:"
+    head = f"{have} not enough; the first change that fits, to {rest}:"
     if not advice.reached:
         head = (
-            f"a card of {have} is not enough, and no setting makes it so; all of this still needs {rest}; smaller "
+            f"{have} not enough, and no setting makes it so; all of this still needs {rest}; smaller "
             "pictures or batches are next:"
         )
     pairs = [(f"  {change.key}: {_value(change.value)}", change) for change in advice.changes]

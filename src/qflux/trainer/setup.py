@@ -137,7 +137,7 @@ def run_identity(trainer: BaseTrainer, dataset: EditDataset, memo: DigestMemo, b
         mode="json",
         exclude={"max_train_steps", "checkpointing_steps", "checkpoints_total_limit", "gradient_accumulation_steps",
                  "max_skipped_steps", "gradient_checkpointing", "attention_backend", "offload_activations",
-                 "offload_blocks", "memory_limit"},
+                 "offload_blocks", "memory_limit", "peer_timeout"},
     )  # fmt: skip
     names = ("caption_dropout_rate", "shape_window", "vae_posterior", "background_color")
     data = {name: getattr(config.data, name) for name in names}

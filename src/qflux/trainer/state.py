@@ -83,9 +83,9 @@ class Files:
 
 def collect(trainer: BaseTrainer, weights: Weights, place: Placement, info: Mapping[str, str]) -> Files:
     """What a checkpoint will hold; every process calls this, the main one may write it."""
-    raw = {name: p.detach().clone() for name, p in place.whole(weights.params).items()}
+    raw = _on_host(place.whole(weights.params))
     with eval_mode(weights.optimizer):
-        users = {name: p.detach().clone() for name, p in place.whole(weights.params).items()}
+        users = _on_host(place.whole(weights.params))
     averaged, trees = (
         None,
         {"optimizer": place.optimizer_state(weights.optimizer), "schedule": weights.schedule.state()},
@@ -95,6 +95,11 @@ def collect(trainer: BaseTrainer, weights: Weights, place: Placement, info: Mapp
         averaged = place.whole(state["average"])
         trees["ema_state"] = {**state, "average": averaged}
     return Files(trainer, weights.model, info, users, raw, averaged, trees)
+
+
+def _on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies in host memory: on the device those of a whole network could be what does not fit."""
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
 
 
 def read_weights(folder: Path, trainer: BaseTrainer, weights: Weights, place: Placement) -> None:
