@@ -45,3 +45,11 @@ class Interrupted(QfluxError):
     def __init__(self, signal_number: int, text: str = "") -> None:
         self.exit_code = 128 + signal_number
         super().__init__(text or f"interrupted by signal {signal_number}")
+
+
+def interruption(error: BaseException) -> Interrupted | None:
+    """The signal behind an error: libraries wrap what a signal's handler raises while they import."""
+    found: BaseException | None = error
+    while found is not None and not isinstance(found, Interrupted):
+        found = found.__cause__ or found.__context__
+    return found

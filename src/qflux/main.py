@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qflux.config import Config, load_config
-from qflux.errors import BUG, DONE, Interrupted, QfluxError, UserError
+from qflux.errors import BUG, DONE, Interrupted, QfluxError, UserError, interruption
 from qflux.io.atomic import disk_error
 from qflux.io.progress import say, speak_as, speaker
 from qflux.io.secrets import ADVICE, redacted_output, secret_in
@@ -281,7 +281,7 @@ def _main(argv: Sequence[str] | None) -> int:
         say("interrupted at once")
         return 128 + (stop.number or signal.SIGINT)
     except Exception as error:
-        failed = disk_error(error)
+        failed = interruption(error) or disk_error(error)
         if failed is not None:
             tell(failed)
             return failed.exit_code

@@ -244,7 +244,7 @@ class Dice:
         return choices[self.below(len(choices))]
 
 
-def _listed(dice: Dice) -> tuple[Key, Written]:
+def _section_list(dice: Dice) -> tuple[Key, Written]:
     """A list of sections such as data.dataset_path, in flow style."""
     key = dice.of(LISTS)
     texts, values = [], []
@@ -273,7 +273,7 @@ def setting(dice: Dice, calm: bool, plain: bool = False) -> tuple[Key, Written]:
         return key, dice.of(SOUND[key])
     kind = dice.below(16)
     if kind == 1:
-        return _listed(dice)
+        return _section_list(dice)
     if kind == 2:
         names = [name for name in UNKNOWN if re.fullmatch(r"[\w-]+", name)] if plain else UNKNOWN
         return (*dice.of(PARENTS), dice.of(names)), dice.of(WORDS)

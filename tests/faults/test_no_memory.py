@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from typing import Any
@@ -51,8 +52,8 @@ def test_caching(project: Project, monkeypatch: pytest.MonkeyPatch, kind: str) -
 @pytest.mark.parametrize("kind", FAILURES)
 def test_drawing(project: Project, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     failing(monkeypatch, ValidationSampler, "draw", 1, FAILURES[kind])
-    samples = "logging.validation.samples=[{prompt: x, size: [64, 64], controls: [%s]}]" % project.data.control
-    done = project.run("--sample", samples)
+    sample = {"prompt": "x", "size": [64, 64], "controls": [str(project.data.control)]}
+    done = project.run("--sample", f"logging.validation.samples={json.dumps([sample])}")
     assert done.code == 3
     (line,) = done.err.splitlines()
     assert line.startswith("out of memory: ")
@@ -63,5 +64,5 @@ def test_other_errors_are_no_want_of_memory() -> None:
     assert memory.shortage(RuntimeError("shapes differ")) is None
     with pytest.raises(RuntimeError, match="shapes differ"), memory.advised("use less"):
         raise RuntimeError("shapes differ")
-    with pytest.raises(RunStopped, match="^out of memory: one line; use less$"), memory.advised("use less"):
+    with pytest.raises(RunStopped, match=r"^out of memory: one line; use less$"), memory.advised("use less"):
         raise MemoryError("one line\nand another")

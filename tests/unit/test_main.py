@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from qflux import main as main_module
 from qflux.config import load_config
+from qflux.errors import Interrupted
 from qflux.main import opening, parse
 
 
@@ -82,3 +84,17 @@ def test_the_first_line_says_what_was_understood(tmp_path, words, said):
     file.write_text("model: {pretrained_model_name_or_path: a/b}\ndata: {dataset_path: x}\ntrain: {trainer: Any}\n")
     args = parse(["--config", str(file), *words, "train.max_train_steps=7"])
     assert opening(load_config(args.config, args.overrides), args) == f"Any: {said}, by {file}"
+
+
+def test_a_signal_that_a_library_wrapped_is_still_that_signal(tmp_path, monkeypatch, capsys):
+    """While a library imports, it may turn what the signal's handler raised into an error of its own."""
+
+    def run(args, stop):
+        try:
+            stop._handle(15, None)
+        except Interrupted as error:
+            raise RuntimeError("failed to import") from error
+
+    monkeypatch.setattr(main_module, "run", run)
+    assert main_module.main(["--config", "any.yaml"]) == 143
+    assert capsys.readouterr().err == "interrupted by signal 15\n"

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from qflux.errors import BUG, STOPPED, Interrupted, QfluxError, RunStopped
+from qflux.errors import BUG, STOPPED, Interrupted, QfluxError, RunStopped, interruption
 
 BEAT = 0.5  # seconds between two signs of life
 GRACE = 2.0  # seconds in which the main thread may end in good order once a peer is lost
@@ -162,7 +162,7 @@ class Group:
         """Tell the others that this process ends with ``error``."""
         if self._watch is None or isinstance(error, PeerLost | PeerRefused):
             return
-        error = _interruption(error) or error
+        error = interruption(error) or error
         code = error.exit_code if isinstance(error, QfluxError) else BUG
         kind = "" if isinstance(error, Interrupted) else f"{type(error).__name__}: "
         self._watch.report(code, f"{kind}{error}".splitlines()[0])
@@ -297,14 +297,6 @@ class _Watch(threading.Thread):
             with suppress(Exception):
                 group.on_loss(code, str(group.trouble))
         os._exit(code)
-
-
-def _interruption(error: BaseException) -> Interrupted | None:
-    """The signal behind an error: libraries wrap what a signal's handler raises while they import."""
-    found: BaseException | None = error
-    while found is not None and not isinstance(found, Interrupted):
-        found = found.__cause__ or found.__context__
-    return found
 
 
 def _told_failure(told: dict[str, Any]) -> tuple[str, int]:

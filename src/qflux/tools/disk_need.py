@@ -103,7 +103,7 @@ def _parts(
 ) -> list[Part]:
     config = trainer.config
     try:
-        plan = make_plan(config, type(trainer), datasets=datasets, model=trainer.folder, split=False)
+        plan = make_plan(config, type(trainer), datasets=datasets, model=trainer.folder, devices=())
     except UserError:  # the plan at the start has said why
         return []
     parts, planned = [], plan.disk.cache
