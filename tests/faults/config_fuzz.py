@@ -40,6 +40,8 @@ from qflux.errors import UserError
 OLD = "has the layout of an earlier version"
 FILLED = {"lora_alpha", "guidance_scale", "cache_dir"}  # null stands for a value that another key has
 MEANT = {True: ("quanto-fp8", "full"), False: ("none",)}
+MINIMAL = b"model: {pretrained_model_name_or_path: a/b}\ndata: {dataset_path: a}\ntrain: {trainer: Any}\n"
+VALUES = {key: [word for option in branches(schema) for word in option.get("enum", ())] for key, schema in KEYS.items()}
 SHARES = {file_case: 0.5, override_case: 0.3, hurt_case: 0.1}  # a pair of spellings is two configs
 LETTERS = "abcdefghijklmnopqrstuvwxyz_-0123456789"
 
@@ -161,7 +163,7 @@ def typo_figure(every: int = 1, start: int = 0) -> tuple[int, list[tuple[str, st
     for key in {**KEYS, **LISTED}:
         parent: tuple[str | int, ...] = (*key[:-1], 0) if key[:-1] in LISTS else key[:-1]
         sisters = {other[-1] for other in {**KEYS, **LISTED} if other[:-1] == key[:-1]}
-        for typo in sorted(typos(key[-1]) - sisters)[start % every :: every]:
+        for typo in _some(typos(key[-1]) - sisters, every, start):
             tried += 1
             found = suggest((*parent, typo))
             if found != key_text((*parent, key[-1])):
@@ -171,20 +173,19 @@ def typo_figure(every: int = 1, start: int = 0) -> tuple[int, list[tuple[str, st
 
 def value_typo_figure(folder: Path, every: int = 1, start: int = 0) -> tuple[int, list[tuple[str, str, str]]]:
     """The same for the values of every key that takes one of some words, as the reader's message says it."""
-    file = folder / "typo.yaml"
-    file.write_text("model: {pretrained_model_name_or_path: a/b}\ndata: {dataset_path: a}\ntrain: {trainer: Any}\n")
     tried, wrong = 0, []
-    for key, schema in KEYS.items():
-        words = [word for option in branches(schema) for word in option.get("enum", ())]
-        for word in words:
-            for typo in sorted(typos(word) - {*words})[start % every :: every]:
-                tried += 1
-                try:
-                    load_config(file, [f"{'.'.join(key)}={quoted(typo)}"])
-                except UserError as error:
-                    if f"did you mean {word}?" not in str(error):
-                        wrong.append((key_text(key), word, typo))
+    for key, words in VALUES.items():
+        meant = [(word, typo) for word in words for typo in _some(typos(word) - {*words}, every, start)]
+        for right, typo in meant:
+            tried += 1
+            _, problems, _ = read(folder, Case(MINIMAL, (f"{'.'.join(key)}={quoted(typo)}",)))
+            if not any(f"did you mean {right}?" in line for line in problems):
+                wrong.append((key_text(key), right, typo))
     return tried, wrong
+
+
+def _some(words: set[str], every: int, start: int) -> list[str]:
+    return sorted(words)[start % every :: every]
 
 
 def fuzz(make: Callable[[Dice], Any], check: Callable[[Any], None], count: int, number: int) -> None:

@@ -1,12 +1,18 @@
-"""Many random faults, one after another: ``python tests/faults/soak.py SECTION [--trials 20] [--seed 0]``.
+"""The suite's fault tests with larger numbers: ``python tests/faults/soak.py [SECTION ...] [--trials N] [--seed 0]``.
 
-Each section is a function ``(folder, trials, seed) -> trials``; it may print nothing. Ends with 1 where a trial found a
-problem. The same seed plants the same faults; where they hit is up to the machine.
+processes  one of two processes is killed, stopped, signalled or raises: a row for each trial
+kills      SIGKILLs over check, cache, train and sample, at random times and at every named point
+configs    fuzzed configs, and every one-edit typo of every key
+memory     so many tiny steps with saves and samples: memory, files and threads must not grow
+
+Without a section all of them, one after another. Ends with 1 where anything was wrong. The same seed plants the same
+faults; where they hit is up to the machine.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import statistics
 import sys
@@ -52,7 +58,31 @@ def processes(folder: Path, trials: int, seed: int) -> Iterator[Trial]:
     return process_trials.run(folder, trials, seed)
 
 
-SECTIONS: dict[str, Callable[[Path, int, int], Iterator[Trial]]] = {"processes": processes}
+def judged(trials: int, seed: int) -> str:
+    """The trials of ``processes``, a row each as it ends; their figures. AssertionError where one was wrong."""
+    done: list[Trial] = []
+    with tempfile.TemporaryDirectory(prefix="qflux-soak-", ignore_cleanup_errors=True) as folder:
+        for trial in processes(Path(folder), trials, seed):
+            done.append(trial)
+            print(f"{len(done):>3}  {trial.line()}", flush=True)
+    hung, wrong = sum(trial.hung for trial in done), sum(bool(trial.problems) for trial in done)
+    text = "\n".join([*spread(done), f"{hung} hangs in {len(done)}, {wrong} trials with problems"])
+    assert hung + wrong == 0, text
+    return text
+
+
+def imported(name: str) -> Callable[[int, int], str]:
+    """The function ``soak`` of one of the modules beside this one."""
+    return lambda trials, seed: importlib.import_module(f"faults.{name}").soak(trials, seed)
+
+
+# Section → (trials where none are asked for, what makes so many and gives their figures or raises AssertionError).
+SECTIONS: dict[str, tuple[int, Callable[[int, int], str]]] = {
+    "processes": (20, judged),
+    "kills": (200, imported("kills")),
+    "configs": (100_000, imported("config_fuzz")),
+    "memory": (20_000, imported("memory")),
+}
 
 
 def spread(trials: Sequence[Trial]) -> Iterator[str]:
@@ -65,21 +95,25 @@ def spread(trials: Sequence[Trial]) -> Iterator[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print a row for each trial as it ends, then the figures; 1 where anything was wrong."""
-    parser = argparse.ArgumentParser(prog="soak.py", description=__doc__)
-    parser.add_argument("section", choices=sorted(SECTIONS))
-    parser.add_argument("--trials", type=int, default=20)
+    """Print the figures of each section as it ends; 1 where anything was wrong."""
+    parser = argparse.ArgumentParser(prog="soak.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("sections", nargs="*", metavar="SECTION", help=", ".join(SECTIONS))
+    parser.add_argument("--trials", type=int, help="in place of a section's own number")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
-    done: list[Trial] = []
-    with tempfile.TemporaryDirectory(prefix="qflux-soak-", ignore_cleanup_errors=True) as folder:
-        for trial in SECTIONS[args.section](Path(folder), args.trials, args.seed):
-            done.append(trial)
-            print(f"{len(done):>3}  {trial.line()}", flush=True)
-    print("\n".join(spread(done)))
-    hung, wrong = sum(trial.hung for trial in done), sum(bool(trial.problems) for trial in done)
-    print(f"{args.section}: {hung} hangs in {len(done)}, {wrong} trials with problems, seed {args.seed}")
-    return 1 if hung or wrong else 0
+    unknown = sorted(set(args.sections) - SECTIONS.keys())
+    if unknown:
+        parser.error(f"found {', '.join(unknown)}, expected {', '.join(SECTIONS)}")
+    wrong = 0
+    for name in args.sections or SECTIONS:
+        usual, run = SECTIONS[name]
+        trials = usual if args.trials is None else args.trials
+        try:
+            text = run(trials, args.seed)
+        except AssertionError as error:
+            text, wrong = f"WRONG: {error}", 1
+        print(f"{name}, {trials} trials, seed {args.seed}: {text}", flush=True)
+    return wrong
 
 
 if __name__ == "__main__":
