@@ -9,13 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations, product
 from pathlib import Path
 
 import pytest
 import torch
-from faults.forked import Nursery
+from faults.forked import Forked
 from tiny_project import WEIGHTS, Data, Project, checkpoint, finish, metrics, record
 
 from qflux.demo import shapes
@@ -86,15 +86,15 @@ def words_of(case: Case) -> list[str]:
 class Pairs:
     """Runs of one project in forked children."""
 
-    def __init__(self, project: Project, nursery: Nursery) -> None:
-        self.project, self.nursery = project, nursery
+    def __init__(self, project: Project, forked: Forked) -> None:
+        self.project, self.forked = project, forked
 
     def run(self, name: str, *words: object, mutation: str = "") -> Path:
         """A run that must end well; its folder."""
         argv = ["--config", self.project.config, *words, f"logging.tracker_project_name={name}"]
         prepare, args = (mutate, [mutation]) if mutation else (None, [])
-        done = self.nursery.run(argv, self.project.root, prepare, args)
-        assert done.code == 0, done.out + done.err
+        done = self.forked.run(argv, self.project.root, prepare, args)
+        assert done.code == 0, done.said
         return self.project.newest(name)
 
     def both(self, case: Case, mutation: str = "") -> tuple[Path, Path]:
@@ -131,8 +131,10 @@ def differences(one: Path, other: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def pairs(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, tiny_data: Data) -> Iterator[Callable[[], Pairs]]:
-    """``pairs()``: a project of six samples whose first run has warmed this process and filled the cache."""
+def pairs(
+    tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, tiny_data: Data, forked: Forked
+) -> Callable[[], Pairs]:
+    """``pairs()``: a project of six samples whose cache is full."""
     home = tmp_path_factory.mktemp("pairs")
     shapes.write_pairs(home / "data", SAMPLES, 0)
     data = Data(home / "data", tiny_data.held, tiny_data.mixed)
@@ -142,14 +144,13 @@ def pairs(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, tiny_data:
         root = home / f"case-{count[0]}"
         root.mkdir()
         count[0] += 1
-        return Pairs(Project(root, tiny_model, data, home / "cache", None), nursery)  # type: ignore[arg-type]
+        return Pairs(Project(root, tiny_model, data, home / "cache", None), forked)  # type: ignore[arg-type]
 
-    root = home / "warm"
-    root.mkdir()
-    warm = Project(root, tiny_model, data, home / "cache", None)  # type: ignore[arg-type]
-    words = words_of({**CASES[0], "optimizer": "adamw8bit", "source": "cached", "trained": "lora"})
-    with Nursery(home / "nursery", ["--config", warm.config, *words]) as nursery:
-        yield make
+    for precision in ("no", "bf16"):  # entries of their own
+        filled = make()
+        case = {**CASES[0], "optimizer": "adamw", "source": "cached", "trained": "lora", "precision": precision}
+        filled.run("first", *words_of(case))
+    return make
 
 
 def test_the_cases_cover_every_pair_of_values() -> None:
