@@ -3,7 +3,7 @@
 Rules: the EXIF turn is applied; transparency is composited on a set colour; 16-bit and 32-bit integer grey is scaled
 to 8 bits (the high byte, never clipped); CMYK is converted; an embedded ICC profile is converted to sRGB, unless it
 cannot be read, does not fit the picture's colour mode or differs from sRGB by at most one level, then pixels stay as
-they are. Animations, floating-point pictures, pictures above ``MAX_PIXELS``, files above ``MAX_BYTES`` and large
+they are. Animations, floating-point pictures, pictures above ``MAX_PIXELS``, files above ``MAX_BYTES`` and very large
 pictures packed into next to nothing are refused. Masks are weights: their profile is ignored and transparent parts
 count as 0.
 """
@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import functools
 import io
+import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, cast
@@ -34,7 +35,8 @@ Colour = tuple[int, int, int]
 
 MAX_PIXELS = 178_956_970  # half a gigabyte as RGB; larger headers are taken for decompression bombs
 MAX_BYTES = 1 << 28  # of a file
-_DENSE, _PACKING = 1 << 24, 100  # above so many pixels a picture has at least a byte for so many of them
+_PACKING = 100  # pixels a byte of its file: more is a flat picture, such as a mask, or a decompression bomb
+_FLAT, _ALONE = 1 << 25, 1 << 24  # pixels of a flat picture at most; above so many one is decoded at a time
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
 OTHER_SUFFIXES = frozenset({".gif", ".tif", ".tiff", ".heic", ".heif", ".avif", ".jxl", ".jp2", ".psd", ".svg", ".exr"})
@@ -52,6 +54,7 @@ _TURNS = {
 _PROFILE_SPACES = {"RGB": "RGB ", "L": "GRAY", "CMYK": "CMYK"}
 _COUNTED = 1 << 20  # bytes of an animation whose frames are counted; some formats must be read through for it
 _STRIP = 256  # rows worked on at a time where a step needs several copies
+_one_at_a_time = threading.Lock()
 _ADVICE = "replace the file or leave it out"
 
 
@@ -196,7 +199,8 @@ def _opened(ref: ImageRef, data: bytes | None = None) -> Iterator[Image.Image]:
             found = f"{height}x{width} (height x width)"
             if width * height > MAX_PIXELS:
                 raise UserError(_too_large(ref.label, found))
-            if width * height > max(_DENSE, _PACKING * length):
+            flat = width * height > _PACKING * length
+            if flat and width * height > _FLAT:
                 raise UserError(
                     f"{ref.label}: found {found} packed into {length} bytes, taken for a decompression bomb; "
                     "scale the picture down"
@@ -206,7 +210,8 @@ def _opened(ref: ImageRef, data: bytes | None = None) -> Iterator[Image.Image]:
                 raise UserError(
                     f"{ref.label}: found an animation of {frames}, expected a still picture; save one frame as png"
                 )
-            yield image
+            with _one_at_a_time if flat and data is not None and width * height > _ALONE else nullcontext():
+                yield image
 
 
 def _refuse_long(label: str, length: int) -> None:
