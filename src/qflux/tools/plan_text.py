@@ -129,16 +129,18 @@ def _memory_lines(plan: Plan) -> list[str]:
 def _split_lines(plan: Plan, split: SplitPlan) -> list[str]:
     unit, scale = _unit(load.bytes for load in split.loads)
     rows: list[Sequence[str]] = [
-        ("device", "blocks", f"weights, {unit}", "trained", "activations", "others", "a step", "between", "of")
+        ("device", f"weights, {unit}", "trained", "activations", "others", "a step", "between", "of")
     ]
+    placed = []
     for load in split.loads:
         blocks = " + ".join(f"{count} {name}" for name, count in load.blocks) or "none"
+        placed.append(f"{load.device.name} {blocks}")
         step, *between = load.moments
         working = load.activations + load.device.working
         figures = (load.weights, load.trained, working, load.device.resident, step, max(between))
         capacity = load.device.capacity
         given = "?" if capacity is None else _amount(capacity, scale)
-        rows.append((load.device.name, blocks, *(_amount(figure, scale) for figure in figures), given))
+        rows.append((load.device.name, *(_amount(figure, scale) for figure in figures), given))
     whole = plan.estimate.whole(plan.setup)
     lines = [
         *_wrapped(
@@ -146,7 +148,8 @@ def _split_lines(plan: Plan, split: SplitPlan) -> list[str]:
             "above is that of the device it fills most",
             "  ",
         ),
-        *_table(rows, "<<" + ">" * 7),
+        *_table(rows, "<" + ">" * 7),
+        *_wrapped(f"blocks: {', '.join(placed)}", "  "),
         f"{split.transfers} transfers a forward, {size(split.step_bytes)} cross in {split.micro_batches} "
         f"micro-batch{'es' * (split.micro_batches > 1)}; balance of compute {split.balance:.2f}",
     ]
