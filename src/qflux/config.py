@@ -112,6 +112,11 @@ class ModelConfig(Section):
         default=1, description="micro-batches of a step whose forwards come before one backward, so that GPUs overlap"
     )
 
+    @field_validator("split_devices")
+    @classmethod
+    def _one_name_each(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        return value and tuple("cuda:0" if name == "cuda" else name for name in value)
+
 
 class OptimizerConfig(Section):
     """The optimizer and its numbers."""

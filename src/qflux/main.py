@@ -225,7 +225,7 @@ def run(args: argparse.Namespace, stop: StopSignal) -> int:
     if config.model.split_model_over_gpus:
         from qflux.tools.plan_start import split_planner
 
-        trainer.plan_split = split_planner(config, trainer_class, datasets, folder)
+        trainer.plan_split = split_planner(config, trainer_class, datasets, folder, not args.sample)
     if args.care:
         from qflux.trainer.encoding import care_for_cache
 

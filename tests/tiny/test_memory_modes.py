@@ -275,7 +275,7 @@ def test_broken_code_shows(
 
 CHANGED = (
     ("train.offload_blocks=1",),
-    ("train.offload_blocks=2", "train.gradient_checkpointing=selective"),
+    ("train.offload_blocks=2", "train.gradient_checkpointing=selective", "train.peer_timeout=300"),
     ("train.gradient_checkpointing=full", "train.offload_activations=true", "train.memory_limit=none"),
 )
 

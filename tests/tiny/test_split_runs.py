@@ -106,11 +106,16 @@ def test_the_limit_is_that_of_each_device(project: Project) -> None:
     small = ("train.max_train_steps=1", "train.memory_limit=0.587GB", "model.split_model_over_gpus=true")
     done = project.run(*small, "model.split_devices=[cpu, cpu]")
     assert (done.code, "auto does not fit 4 blocks on 2 devices" in done.err) == (2, True), done.out + done.err
+    drawn = project.run("--sample", "--out", "out", *project.validating(), *small[1:], "model.split_devices=[cpu, cpu]")
+    assert drawn.code == 0, drawn.err  # what training takes is not asked
 
 
 def test_devices_that_are_not_there(project: Project) -> None:
     missing = torch.cuda.device_count()
-    done = project.run(SPLIT[0], f"model.split_devices=[cuda:{missing}, xpu:x]")
+    done = project.run(SPLIT[0], f"model.split_devices=[cuda:{missing}, cpu]")
     assert done.code == 2
     assert f"found 'cuda:{missing}', but this machine has {missing} GPUs" in done.err
-    assert "found 'xpu:x', expected devices such as cuda:0 or cpu" in done.err
+    for mode in ((), ("--check",), ("--plan",)):
+        done = project.run(*mode, SPLIT[0], "model.split_devices=[cuda:0, xpu:x]")
+        assert done.code == 2
+        assert "found 'xpu:x', expected devices such as cuda:0 or cpu" in " ".join((done.out + done.err).split())

@@ -18,6 +18,7 @@ from qflux.models.memory_rules import (
     needed,
     refusals,
     spread,
+    stage_room,
     stored_format,
     stored_problems,
     unfit,
@@ -64,7 +65,35 @@ def test_methods_by_component():
             {"offload_blocks": 2},
             ["model.split_model_over_gpus: found true with train.offload_blocks: 2;"],
         ),
-        ({"split_model_blocks": (1, 2)}, {}, ["model.split_model_blocks: only model.split_model_strategy: manual"]),
+        (
+            {"split_model_over_gpus": True, "split_model_blocks": (1, 2)},
+            {},
+            ["model.split_model_blocks: only model.split_model_strategy: manual"],
+        ),
+        (
+            {"split_devices": ["cuda", "cpu"], "split_model_strategy": "manual", "split_model_blocks": (1, 2)},
+            {},
+            [f"model.split_{name}: found {found}, but model.split_model_over_gpus is false; set it true, or {neutral}"
+             for name, found, neutral in (("devices", "[cuda:0, cpu]", "null"), ("model_strategy", "manual", "auto"),
+                                          ("model_blocks", "[1, 2]", "null"))],
+        ),
+        ({"split_model_over_gpus": True, "split_devices": ["cuda", "cuda:10", "cpu"]}, {}, []),
+        (
+            {"split_model_over_gpus": True, "split_devices": ["gpu", "cuda:", "cuda:01", "cpu:0", "cpu", "gpu"]},
+            {},
+            [f"model.split_devices: found '{name}', expected devices such as cuda:0 or cpu"
+             for name in ("gpu", "cuda:", "cuda:01", "cpu:0")],
+        ),
+        *(
+            ({"split_model_over_gpus": True, "split_devices": names, "lora": lora}, {"mixed_precision": how}, told)
+            for names, lora, how, told in (
+                (["cuda:0", "cpu"], None, "bf16", ["model.split_devices: found cpu beside GPUs with model.lora: null"]),
+                (["cpu", "cuda:0"], None, "fp16", ["model.split_devices: found cpu beside GPUs with model.lora: null"]),
+                (["cpu", "cuda:0"], None, "no", []),
+                (["cpu", "cuda:0"], {}, "bf16", []),
+                (["cpu", "cpu"], None, "bf16", []),
+            )
+        ),
         (
             {"split_model_over_gpus": True, "split_model_strategy": "manual"},
             {},
@@ -163,3 +192,7 @@ def test_what_tensors_can_take_of_a_card(memory):
     assert needed(usable(memory) + 2) > memory
     assert usable(memory, 0) - usable(memory) == pytest.approx(CONTEXT / (1 + LOST), abs=1)
     assert usable(CONTEXT // 2) == 1
+
+
+def test_stages_of_one_device_have_a_byte_at_least():
+    assert [stage_room(7, 2), stage_room(1, 2), stage_room(0, 1)] == [3, 1, 1]

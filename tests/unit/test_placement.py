@@ -164,6 +164,13 @@ OURS = {"mixed_precision": "bf16", "gradient_accumulation_steps": 4}
         ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, ""),
         ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "FSDP_VERSION: found 1, expected 2"),
         ({"ACCELERATE_USE_FSDP": "true", "FSDP_OFFLOAD_PARAMS": "true"}, "FSDP_OFFLOAD_PARAMS: found on, which qflux"),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_RESHARD_AFTER_FORWARD": "true"}, ""),
+        (
+            {"ACCELERATE_USE_FSDP": "true", "FSDP_RESHARD_AFTER_FORWARD": "false"},
+            "FSDP_RESHARD_AFTER_FORWARD: found false",
+        ),
+        ({"ACCELERATE_DYNAMO_BACKEND": "NO"}, ""),
+        ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "ACCELERATE_DYNAMO_BACKEND: found INDUCTOR, but"),
         (
             {"ACCELERATE_USE_FSDP": "true", "ACCELERATE_USE_DEEPSPEED": "true"},
             "ACCELERATE_USE_FSDP and ACCELERATE_USE_DEEPSPEED are both on",
@@ -188,6 +195,21 @@ def test_all_contradictions_at_once_and_before_anybody_meets(monkeypatch: pytest
         "ACCELERATE_MIXED_PRECISION",
         "ACCELERATE_GRADIENT_ACCUMULATION_STEPS",
     ]
+
+
+@pytest.mark.parametrize(("asked", "wanted"), [("true", True), ("False", False)])
+def test_a_launcher_that_wants_no_gpu_gets_none(monkeypatch: pytest.MonkeyPatch, asked: str, wanted: bool) -> None:
+    made: list[bool] = []
+
+    def state(cpu: bool) -> Any:
+        made.append(cpu)
+        return type("State", (), {"device": torch.device("cpu"), "process_index": 0, "num_processes": 1})
+
+    monkeypatch.setattr("accelerate.PartialState", state)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", asked)
+    placement.take_seat()
+    assert made == [wanted]
 
 
 def test_one_process_is_wrapped_in_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,8 +15,9 @@ from qflux.errors import UserError
 from qflux.main import import_trainer
 from qflux.models.memory_rules import usable
 from qflux.parallel.split_plan import SplitDevice
-from qflux.tools.plan import make_plan
+from qflux.tools.plan import make_plan, planned_problems
 from qflux.tools.plan_start import split_planner
+from qflux.tools.plan_text import size
 
 ROOT = Path(__file__).resolve().parents[2]
 SCHEMA = json.loads((ROOT / "docs/schemas/plan.schema.json").read_text())
@@ -198,16 +199,70 @@ def test_a_split_that_nobody_can_make_is_planned_as_one_device():
     wrong = {**SPLIT, "split_model_strategy": "manual", "split_model_blocks": [1, 2]}
     found = plan_of(model=wrong, memory=80 * GIB)
     assert found.problems[0].startswith("model.split_model_blocks: found [1, 2]")
+    assert len(found.problems) == 1
     assert found.split is None
     assert {phase.device for phase in found.phases} == {None}
     pytest.importorskip("jsonschema").Draft202012Validator(SCHEMA).validate(json.loads(found.to_json()))
+
+
+@pytest.mark.parametrize(
+    ("given", "key"), [(None, "strategy: manual needs"), ([1, 2], "blocks: found [1, 2], 2 numbers")]
+)
+def test_wrong_numbers_of_blocks_are_told_once(given, key):
+    """Without the data too, and alike."""
+    wrong = {**SPLIT, "split_model_strategy": "manual", "split_model_blocks": given}
+    found = plan_of(model=wrong)
+    assert len(found.problems) == 1
+    assert found.problems[0].startswith(f"model.split_model_{key}")
+    assert planned_problems(found.config, import_trainer(found.config)) == list(found.problems)
+
+
+def test_numbers_of_blocks_say_how_many_devices():
+    three = {**SPLIT, "split_model_strategy": "manual", "split_model_blocks": [20, 20, 16]}
+    found = plan_of(model=three)
+    assert (found.problems, found.split.devices) == ((), ("cuda:0", "cuda:1", "cuda:2"))
+    assert planned_problems(found.config, import_trainer(found.config)) == []
+    two = plan_of(model={**three, "split_devices": ["cuda:0", "cuda:1"]}).config
+    (line,) = planned_problems(two, import_trainer(two))
+    assert "found [20, 20, 16], 3 numbers with the sum 56; expected 2, one for each device" in line
+
+
+def test_stages_of_a_device_without_memory():
+    """Refused with numbers, without an error of its own."""
+    names = {**SPLIT, "split_devices": ["cuda", "cuda:0"]}
+    (problem,) = plan_of(model=names, memory=1).problems
+    assert "auto does not fit 56 blocks on 2 devices: cuda:0 needs " in problem
+    for limit, free in (("0.0000001GB", GIB), (None, 0)):
+        config = plan_of(model=names, memory_limit=limit).config
+        with pytest.raises(UserError, match="does not fit 56 blocks"):
+            split_planner(config, import_trainer(config), [], Path("nowhere"))([SplitDevice("cuda:0", free)] * 2)
+
+
+def test_one_device_is_not_several():
+    """Whether it is named once or twice, with its index or without."""
+    for names in (["cuda"], ["cuda", "cuda:0"]):
+        found = plan_of(model={**SPLIT, "split_devices": names}, memory=400 * GIB, batch=2)
+        text = " ".join(found.text().split())
+        assert found.split.transfers == 0
+        assert "the network over 1 device (auto)" in text
+        assert "a card of 400.0 GiB is enough" in text
+        assert "advice: " not in text
+
+
+def test_what_crosses_is_that_of_a_whole_step():
+    for at_once in (1, 2, 4):
+        found = plan_of(model={**SPLIT, "split_micro_batches": at_once}, gradient_accumulation_steps=4)
+        told = json.loads(found.to_json())["split"]
+        assert told["bytes_per_step"] == 4 * (found.split.forward_bytes + found.split.backward_bytes)
+        assert told["micro_batches"] == at_once
+        assert f" {size(told['bytes_per_step'])} cross in a step of 4 micro-batches; " in found.text()
 
 
 def test_cards_of_the_last_rung_are_planned_as_a_split_is():
     """Without a split in the config the ladder may advise several cards: what they need then is a split's figure."""
     found = plan_of(gradient_checkpointing="full", validation=drawn(512))
     three = replace(found.setup, devices=3)
-    same = plan_of(model={**SPLIT, "split_devices": ["a", "b", "c"]}, gradient_checkpointing="full",
+    same = plan_of(model={**SPLIT, "split_devices": ["cuda:0", "cuda:1", "cpu"]}, gradient_checkpointing="full",
                    validation=drawn(512))  # fmt: skip
     told = [phase.bytes for phase in found.estimate.phases(three)]
     assert told == [phase.bytes for phase in same.phases]
@@ -293,3 +348,9 @@ def test_a_run_that_no_device_holds_is_refused_when_it_starts():
     planner = split_planner(config, import_trainer(config), [], Path("nowhere"))
     with pytest.raises(UserError, match=r"model\.split_model_strategy: auto does not fit 56 blocks on 2 devices"):
         planner([SplitDevice("cuda:0"), SplitDevice("cuda:1")])
+
+
+def test_who_draws_only_is_not_refused_for_training():
+    config = plan_of(model=SPLIT, memory_limit="24GB").config
+    planner = split_planner(config, import_trainer(config), [], Path("nowhere"), training=False)
+    assert len(planner([SplitDevice("cuda:0"), SplitDevice("cuda:1")]).stages) == 56

@@ -134,6 +134,18 @@ def test_a_rule_of_thumb_only_warns(check, monkeypatch):
     assert [line.startswith("plan: by a rule of thumb, memory: encoding: ") for line in lines] == [False] * 2 + [True]
 
 
+def test_a_rule_of_thumb_refuses_no_split(check, monkeypatch):
+    """Where no description of the network's blocks is there; nor does it when blocks are placed."""
+    monkeypatch.setattr("qflux.tools.plan.section", lambda folder, name: None)
+    config = config_of()
+    lines = check(config, 20, 20)
+    told = [line.removeprefix("plan: by a rule of thumb, ") for line in lines[2:]]
+    assert phases(told) == ["encoding: text_encoder", "training step", "saving a checkpoint"]
+    free = [SplitDevice("cuda:0", 20 * GIB), SplitDevice("cuda:1", 20 * GIB)]
+    assert split_planner(config, import_trainer(config), [], NOWHERE)(free).fullest.share > 1
+    assert make_plan(config, import_trainer(config), devices=free).problems == ()
+
+
 def test_devices_that_are_not_there_are_refused_at_once():
     config = config_of(model={"split_devices": [f"cuda:{torch.cuda.device_count()}"]})
     with pytest.raises(UserError, match="but this machine has"):

@@ -24,7 +24,10 @@ PAGES = [README, *sorted((ROOT / "docs").rglob("*.md"))]
 SECTIONS = "model|data|train|logging|cache"
 # Shown as examples of what is refused, and options of other programs.
 REFUSED_KEYS = {"data.batch_sise", "data.init_args"}
-FOREIGN_OPTIONS = {"--config_file", "--num_processes", "--nproc_per_node", "--max-restarts", "--standalone"}
+FOREIGN_OPTIONS = {
+    "--config_file", "--num_processes", "--machine_rank", "--main_process_ip", "--main_process_port",
+    "--standalone", "--nproc_per_node", "--max-restarts", "--nnodes", "--rdzv_backend", "--rdzv_endpoint",
+}  # fmt: skip
 OPTION_SOURCES = ("src/qflux/**/*.py", "scripts/*", "bench/*.py", "run_tests.py", "setup.sh")
 
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())

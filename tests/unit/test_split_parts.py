@@ -8,7 +8,7 @@ import pytest
 
 from qflux.errors import UserError
 from qflux.parallel.split_parts import Part, SplitBlock, SplitDevice, SplitRest
-from qflux.parallel.split_plan import plan_split
+from qflux.parallel.split_plan import STRATEGIES, plan_split
 
 
 def devices(count, capacity=None):
@@ -31,9 +31,9 @@ def test_bytes_that_cross(counts, trained, transfers, forward, backward):
     rest, how = SplitRest(constants=7, output=9), {"strategy": "manual", "counts": counts}
     plan = plan_split(blocks, devices(len(counts)), rest=rest, micro_batches=3, **how)
     assert (plan.transfers, plan.forward_bytes, plan.backward_bytes) == (transfers, forward, backward)
-    assert plan.step_bytes == 3 * (forward + backward)
+    assert plan.crossing == forward + backward
     same = plan_split(blocks, [SplitDevice("cuda:0")] * len(counts), rest=rest, **how)
-    assert (same.stages, same.transfers, same.step_bytes) == (plan.stages, 0, 0)
+    assert (same.stages, same.transfers, same.crossing) == (plan.stages, 0, 0)
     head = plan_split(blocks, devices(len(counts)), rest=replace(rest, head=Part(trained=1)), **how)
     assert head.backward_bytes == (backward or (9 if transfers else 0))
 
@@ -77,3 +77,25 @@ def test_an_idle_device_without_blocks_computes_nothing():
 def test_every_part_tells_of_every_phase_or_of_none():
     with pytest.raises(ValueError, match="zip"):
         plan_split([block(idle=(1,))], devices(2), rest=SplitRest(phases=("draw", "save")))
+
+
+def test_auto_lays_blocks_as_greedy_does_where_that_is_better():
+    sizes, both = (3, 5, 2), devices(2, 6)
+    blocks = [SplitBlock(block_list="last", parameters=size, weight=size) for size in sizes]
+    for count, there, stages in ((1, devices(2), (0, 1, 0)), (2, both, (0, 1, 0)), (2, devices(2), (0, 1, 1))):
+        plan = plan_split(blocks, there, scale=0.0, micro_batches=count)
+        assert (plan.strategy, plan.stages) == ("auto", stages)
+        even = "stages are as even in compute as memory allows, for micro-batches to overlap"
+        assert plan.notes == ((even,) if stages == (0, 1, 1) else ())
+    assert plan_split(blocks, devices(2, 1), scale=0.0, micro_batches=2, refuse=False).notes == ()
+    with pytest.raises(UserError, match=r"manual does not fit .*; set model\.split_model_strategy: auto, which fits$"):
+        plan_split(blocks, both, scale=0.0, strategy="manual", counts=[1, 2])
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_one_device_is_judged_as_several_are(strategy):
+    alone = {"blocks": [block(weight=9)] * 8, "devices": devices(1, 71), "strategy": strategy}
+    with pytest.raises(UserError, match=r"does not fit 8 blocks on 1 device: cuda:0 needs"):
+        plan_split(**alone, counts=[8] if strategy == "manual" else None)
+    with pytest.raises(UserError, match=r"found \[3, 4\], 2 numbers with the sum 7; expected 1, one for each device"):
+        plan_split(**alone | {"strategy": "manual"}, counts=[3, 4])

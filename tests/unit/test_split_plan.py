@@ -48,7 +48,7 @@ parts = st.builds(Part, **figures)
 
 @st.composite
 def cases(draw):
-    """(blocks in one or two lists, two to four devices, the rest, whether stages can match whatever greedy finds)."""
+    """(blocks in one or two lists, two to four devices, the rest)."""
     blocks, alike, known = [], draw(st.booleans()), draw(st.booleans())
     for name in draw(st.sampled_from([["last"], ["first", "last"]])):
         numbers = {"parameters": st.integers(1, 9), "compute": st.integers(1, 5).map(float)}
@@ -60,7 +60,7 @@ def cases(draw):
     names = [f"d{i}" for i in range(draw(st.integers(2, 4)))]
     there = [draw(st.builds(SplitDevice, st.just(name), capacity, **held)) for name in names]
     rest = SplitRest(embed=draw(parts), head=Part() if alike else draw(parts), phases=PHASES)
-    return blocks, there, rest, alike
+    return blocks, there, rest
 
 
 def needed(blocks, there, rest, stages, micro_batches=1):
@@ -102,7 +102,7 @@ def squares(shares):
 @settings(max_examples=300, deadline=None)
 @given(cases(), st.sampled_from([0.0, 1e-10, 4e-10]))
 def test_auto_is_the_best_of_all_contiguous_plans(case, scale):
-    blocks, there, rest, alike = case
+    blocks, there, rest = case
     every, full = every_plan(blocks, there, rest)
     least, unlimited, others = min(map(max, every.values())), [replace(d, capacity=None) for d in there], []
     for strategy in ("contiguous", "greedy"):
@@ -111,17 +111,19 @@ def test_auto_is_the_best_of_all_contiguous_plans(case, scale):
         if others[-1] > full:
             with pytest.raises(UserError, match=r"are missing; "):
                 plan_split(blocks, there, **how)
-    if least > full:
-        with pytest.raises(UserError, match=r"are missing; quantize"):
-            plan_split(blocks, there, rest=rest)
+    if min(least, *others) > full:
+        with pytest.raises(UserError, match=r"are missing; add devices \(model\.split_devices\)$"):
+            plan_split(blocks, there, rest=rest, scale=scale)
         return
     plan = plan_split(blocks, there, rest=rest, scale=scale)
     assert [load.bytes for load in plan.loads] == needed(blocks, there, rest, plan.stages)
+    assert plan.fullest.share <= min(others)
+    if plan.stages not in every:
+        assert plan.fullest.share == min(others) < least
+        return
     ours, limit = every[plan.stages], max(least, min(full, least * (1 + TOLERANCE), *others))
     assert least <= max(ours) <= limit
     assert squares(ours) == pytest.approx(min(squares(found) for found in every.values() if max(found) <= limit))
-    assert max(ours) <= others[0] or len(there) > 2
-    assert max(ours) <= others[1] or not alike
 
 
 def test_balance_is_worth_half_a_percent_but_no_overfull_device():
@@ -134,7 +136,7 @@ def test_balance_is_worth_half_a_percent_but_no_overfull_device():
 @settings(max_examples=200, deadline=None)
 @given(cases(), st.integers(2, 4))
 def test_with_micro_batches_auto_is_the_fastest_plan_that_fits(case, count):
-    blocks, there, rest, _ = case
+    blocks, there, rest = case
     every, full = every_plan(blocks, there, rest, count)
     work = {
         stages: max(sum(b.compute for b, s in zip(blocks, stages, strict=True) if s == i) for i in range(len(there)))
@@ -142,8 +144,11 @@ def test_with_micro_batches_auto_is_the_fastest_plan_that_fits(case, count):
         if max(shares) <= full
     }
     if not work:
-        with pytest.raises(UserError, match=rf"lower model\.split_micro_batches \({count}\)"):
-            plan_split(blocks, there, rest=rest, micro_batches=count)
+        plan = plan_split(blocks, there, rest=rest, micro_batches=count, refuse=False)
+        assert (plan.stages in every and plan.fullest.share <= full, plan.notes) == (False, ())
+        if plan.fullest.share > full:
+            with pytest.raises(UserError, match=rf"lower model\.split_micro_batches \({count}\), or add devices"):
+                plan_split(blocks, there, rest=rest, micro_batches=count)
         return
     plan = plan_split(blocks, there, rest=rest, micro_batches=count)
     assert [load.bytes for load in plan.loads] == needed(blocks, there, rest, plan.stages, count)
@@ -200,7 +205,7 @@ def test_of_one_list_nothing_is_pinned():
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_one_device_has_nothing_to_split(strategy):
-    counts = [3, 5] if strategy == "manual" else None
+    counts = [56] if strategy == "manual" else None
     plan = plan_split(plain(DEV), devices(1), strategy=strategy, counts=counts)
     assert (split(plan), plan.transfers, plan.forward_bytes, plan.balance) == ([56], 0, 0, 1.0)
     assert plan.warnings == ("model.split_devices: found one device (cuda:0); there is nothing to split",)
@@ -212,7 +217,6 @@ def test_manual_counts():
     plan = plan_split(plain(DEV), devices(3), strategy="manual", counts=[10, 0, 46])
     assert [dict(load.blocks) for load in plan.loads] == [{DOUBLES: 8, SINGLES: 2}, {}, {SINGLES: 46}]
     assert (plan.head, plan.devices) == (2, ("cuda:0", "cuda:1", "cuda:2"))
-    assert [plan.stage_of(DOUBLES, 7), plan.stage_of(SINGLES, 1), plan.stage_of(SINGLES, 2)] == [0, 0, 2]
 
 
 @pytest.mark.parametrize("counts", [None, [56], [8, 47], [-1, 57], [28, 28, 0]])
@@ -235,7 +239,9 @@ def test_other_wrong_values():
 
 def test_what_does_not_fit_is_refused_with_the_numbers_and_what_to_do():
     each = "needs 29.25 GiB of 24 GiB"
-    said = f"auto does not fit 56 blocks on 2 devices: cuda:0 {each}, cuda:1 {each}; 10.5 GiB are missing; quantize ("
+    said = (
+        f"auto does not fit 56 blocks on 2 devices: cuda:0 {each}, cuda:1 {each}; 10.5 GiB are missing; add devices ("
+    )
     with pytest.raises(UserError, match=re.escape(f"model.split_model_strategy: {said}")):
         plan_split(plain(DEV), devices(2, 24 * GIB))
     for strategy, counts in (("contiguous", None), ("greedy", None), ("manual", [16, 40])):

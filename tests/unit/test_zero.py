@@ -330,6 +330,8 @@ def test_draws_with_other_weights_for_a_while(found: Any) -> None:
         ),
         (False, {}, {"ACCELERATE_GRADIENT_CLIPPING": "1.0"}, ["ACCELERATE_GRADIENT_CLIPPING: found 1.0"]),
         (False, {"max_grad_norm": 1}, {"ACCELERATE_GRADIENT_CLIPPING": "1.0"}, []),
+        (False, {"max_grad_norm": 1}, {"ACCELERATE_GRADIENT_CLIPPING": "1"}, []),
+        (False, {}, {"ACCELERATE_GRADIENT_CLIPPING": "much"}, ["ACCELERATE_GRADIENT_CLIPPING: found much"]),
     ],
 )
 def test_what_cannot_work_is_refused(monkeypatch: Any, full: bool, train: Any, environment: Any, said: Any) -> None:

@@ -202,7 +202,7 @@ def write_folder(
         from diffusers import __version__
     index: dict[str, Any] = {"_class_name": pipeline, "_diffusers_version": __version__, **options}
     for name, part in parts.items():
-        with quiet_libraries():
+        with quiet_imports(), quiet_libraries():
             part.save_pretrained(folder / name)
         index[name] = [type(part).__module__.partition(".")[0], type(part).__name__]
     index |= {name: ["transformers", class_name] for name, class_name in declared.items()}

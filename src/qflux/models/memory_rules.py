@@ -23,6 +23,7 @@ CONTEXT = 600 << 20  # bytes that the driver and its libraries take before a ten
 LOST = 0.03  # share of the peak that the allocator cannot use, about
 _TABLES = 4 * (16 + 256 + 1)  # the values of 4-bit and of 8-bit numbers, and the mean of the scales
 _GROUPS = (128, 96, 64, 32)  # weights that share scale and shift in quanto's 4 and 2 bits: the first that divides a row
+_DEVICE = re.compile(r"cpu|cuda(:(0|[1-9][0-9]*))?")  # of a split
 _PACKAGES = {"bnb": "bitsandbytes", "quanto": "optimum.quanto"}
 
 
@@ -87,16 +88,21 @@ def _split_problems(config: Config) -> list[str]:
     """What does not go with a network over several devices, one line each."""
     model, train = config.model, config.train
     split, at_once = "model.split_model_over_gpus", model.split_micro_batches
-    problems = []
+    if not model.split_model_over_gpus:
+        neutral = {"devices": None, "model_strategy": "auto", "model_blocks": None, "micro_batches": 1}
+        found = {name: getattr(model, f"split_{name}") for name in neutral}
+        return [
+            f"model.split_{name}: found {_written(found[name])}, but {split} is false; set it true, or "
+            f"{_written(value)} here"
+            for name, value in neutral.items()
+            if found[name] != value
+        ]
+    problems = _device_problems(config)
     if model.split_model_blocks is not None and model.split_model_strategy != "manual":
         problems.append(
             f"model.split_model_blocks: only model.split_model_strategy: manual reads it, found "
             f"{model.split_model_strategy}; set that or remove it"
         )
-    if not model.split_model_over_gpus:
-        if at_once > 1:
-            problems.append(f"model.split_micro_batches: found {at_once}, but {split} is false; set it true, or 1 here")
-        return problems
     if train.offload_blocks:
         problems.append(
             f"{split}: found true with train.offload_blocks: {train.offload_blocks}; a split block stays on its "
@@ -110,6 +116,28 @@ def _split_problems(config: Config) -> list[str]:
             f"{train.gradient_accumulation_steps}, and a step has so many; raise that or lower this"
         )
     return problems
+
+
+def _device_problems(config: Config) -> list[str]:
+    """Names of devices that a split knows nothing of; autocast is of GPUs or of the host, not of both at once."""
+    model, key = config.model, "model.split_devices"
+    names, precision = model.split_devices or (), config.train.mixed_precision
+    wrong = [name for name in dict.fromkeys(names) if not _DEVICE.fullmatch(name)]
+    problems = [f"{key}: found {name!r}, expected devices such as cuda:0 or cpu" for name in wrong]
+    several = len({name.partition(":")[0] for name in names if name not in wrong}) > 1
+    if several and model.lora is None and precision != "no":
+        problems.append(
+            f"{key}: found cpu beside GPUs with model.lora: null and train.mixed_precision: {precision}; all weights "
+            "in mixed precision need GPUs alone: leave cpu out, or train an adapter"
+        )
+    return problems
+
+
+def _written(value: Any) -> str:
+    """A value as a config file may have it."""
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(str, value))}]"
+    return "null" if value is None else str(value)
 
 
 def _installed(name: str) -> bool:
@@ -209,3 +237,8 @@ def needed(peak: int) -> int:
 def usable(memory: int, context: int = CONTEXT) -> int:
     """Bytes that tensors can take of a card's memory; ``context`` is what the driver still takes of it."""
     return max(1, int((memory - context) / (1 + LOST)))
+
+
+def stage_room(room: int, stages: int) -> int:
+    """Bytes of each of so many stages on one device, where they share ``room`` bytes; one at least."""
+    return max(1, room // stages)

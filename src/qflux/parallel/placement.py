@@ -124,6 +124,14 @@ def environment_problems(environment: Mapping[str, str], config: Config, kind: s
     for name in ("FSDP_CPU_RAM_EFFICIENT_LOADING", "FSDP_OFFLOAD_PARAMS", "FSDP_ACTIVATION_CHECKPOINTING"):
         if kind == "fsdp" and _on(environment, name):
             problems.append(f"{name}: found on, which qflux does not follow; use accelerate_configs/fsdp2.yaml")
+    compiler = environment.get("ACCELERATE_DYNAMO_BACKEND", "no")
+    if compiler.lower() not in ("", "no"):
+        problems.append(f"ACCELERATE_DYNAMO_BACKEND: found {compiler}, but qflux does not compile the network; set no")
+    if kind == "fsdp" and environment.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() not in ("true", "full_shard"):
+        problems.append(
+            f"FSDP_RESHARD_AFTER_FORWARD: found {environment['FSDP_RESHARD_AFTER_FORWARD']}, but blocks are always "
+            "given back after their forward; use accelerate_configs/fsdp2.yaml"
+        )
     if kind == "fsdp" and environment.get("FSDP_VERSION", "2") != "2":
         problems.append(
             f"FSDP_VERSION: found {environment['FSDP_VERSION']}, expected 2; use accelerate_configs/fsdp2.yaml"
@@ -142,7 +150,8 @@ def take_seat() -> Seat:
         # Each restart has its own part of the store: in a shared one the addresses of dead workers are still there.
         words["store"] = connect_to_launcher()
     with quiet_imports():
-        state = PartialState(cpu=not torch.cuda.is_available(), **words)
+        on_cpu = _on(os.environ, "ACCELERATE_USE_CPU") or not torch.cuda.is_available()
+        state = PartialState(cpu=on_cpu, **words)
     return Seat(state.device, state.process_index, state.num_processes)
 
 

@@ -167,10 +167,6 @@ class SplitPlan:
         return sum(work) / (len(work) * max(work))
 
     @property
-    def step_bytes(self) -> int:
-        """Bytes that cross between devices for all micro-batches of one backward."""
-        return self.micro_batches * (self.forward_bytes + self.backward_bytes)
-
-    def stage_of(self, block_list: str, index: int) -> int:
-        """Index of the device of one block."""
-        return self.stages[self.block_lists.index(block_list) + index]
+    def crossing(self) -> int:
+        """Bytes that cross between devices for one micro-batch, forward and backward."""
+        return self.forward_bytes + self.backward_bytes

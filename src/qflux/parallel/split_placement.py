@@ -18,6 +18,7 @@ from qflux.config import Config
 from qflux.errors import UserError
 from qflux.io.progress import say
 from qflux.models.adapters import trainable
+from qflux.models.memory_rules import stage_room
 from qflux.parallel.group import Group
 from qflux.parallel.placement import MakeOptimizer, Placement, Seat
 from qflux.parallel.split import KEY, Split, apply_split, check_peer_copies
@@ -28,7 +29,7 @@ Planner = Callable[[Sequence[SplitDevice]], SplitPlan]
 
 
 def split_devices(names: Sequence[str] | None) -> list[SplitDevice]:
-    """The devices that a config names (None = all GPUs), with the bytes that are free on them.
+    """The devices that a valid config names (None = all GPUs), with the bytes that are free on them.
 
     On CPUs alone they are not known. Raises UserError, one line each, for what this machine does not have.
     """
@@ -38,23 +39,13 @@ def split_devices(names: Sequence[str] | None) -> list[SplitDevice]:
         if not names:
             raise UserError(f"{KEY}: null means all GPUs, and this machine has none; set it, or split_model_over_gpus: "
                             "false")  # fmt: skip
-    problems, found = [], []
-    for name in names:
-        try:
-            device = torch.device(name)
-        except RuntimeError:
-            problems.append(f"{KEY}: found {name!r}, expected devices such as cuda:0 or cpu")
-            continue
-        if device.type not in ("cuda", "cpu"):
-            problems.append(f"{KEY}: found {name!r}, expected devices such as cuda:0 or cpu")
-        elif device.type == "cuda" and (device.index or 0) >= count:
-            problems.append(f"{KEY}: found {name!r}, but this machine has {count} GPUs")
-        found.append(device)
-    if problems:
-        raise UserError(*problems)
-    known = any(device.type == "cuda" for device in found)
-    found = [torch.device("cuda", device.index or 0) if device.type == "cuda" else device for device in found]
-    return [SplitDevice(str(each), _free(each) // found.count(each) if known else None) for each in found]
+    devices = [torch.device(name) for name in names]
+    missing = dict.fromkeys(str(each) for each in devices if each.type == "cuda" and each.index >= count)
+    if missing:
+        raise UserError(*(f"{KEY}: found {name!r}, but this machine has {count} GPUs" for name in missing))
+    if all(device.type == "cpu" for device in devices):
+        return [SplitDevice(name) for name in names]
+    return [SplitDevice(str(each), stage_room(_free(each), devices.count(each))) for each in devices]
 
 
 def _free(device: torch.device) -> int:
@@ -70,7 +61,7 @@ def summary(plan: SplitPlan) -> list[str]:
     for load in plan.loads:
         blocks = " + ".join(f"{count} {name}" for name, count in load.blocks) or "no block"
         parts.append(f"{load.device.name} {blocks} ({load.bytes / 2**30:.3g} GiB)")
-    crossed = f"{plan.transfers} transfers a forward, {plan.step_bytes / 2**20:.3g} MiB cross for a backward"
+    crossed = f"{plan.transfers} transfers a forward, {plan.crossing / 2**20:.3g} MiB cross in a micro-batch"
     told = f"split ({plan.strategy}): {', '.join(parts)}; {crossed}, balance {plan.balance:.2f}"
     return [told, *(f"split: {warning}" for warning in plan.warnings)]
 
@@ -85,7 +76,6 @@ class SplitPlacement(Placement):
 
     def __init__(self, config: Config, family: Family, seat: Seat, group: Group, planner: Planner) -> None:
         devices = split_devices(config.model.split_devices)
-        _check_kinds(config, devices)
         first = torch.device(devices[0].name)
         super().__init__(config, family, replace(seat, device=first), group)
         if first.type == "cuda":
@@ -113,17 +103,6 @@ class SplitPlacement(Placement):
 
     def _norm(self, gradients: list[Tensor]) -> Tensor:
         return ordered_norm(gradients, self.device)
-
-
-def _check_kinds(config: Config, devices: Sequence[SplitDevice]) -> None:
-    """Refuse autocast on a GPU and on the host at once: it is of one of them, the other gets tensors of two dtypes."""
-    several = len({device.name.partition(":")[0] for device in devices}) > 1
-    precision = config.train.mixed_precision
-    if several and config.model.lora is None and precision != "no":
-        raise UserError(
-            f"{KEY}: found cpu beside GPUs with model.lora: null and train.mixed_precision: {precision}; all weights "
-            "in mixed precision need GPUs alone: leave cpu out, or train an adapter"
-        )
 
 
 def ordered_norm(tensors: Sequence[Tensor], device: torch.device) -> Tensor:

@@ -7,7 +7,8 @@ the small output returns. Strategies:
 auto        contiguous stages in the order of the devices by dynamic programming, O(devices x blocks²), in two phases:
             the smallest max(bytes / capacity), then within ``TOLERANCE`` of it the smallest sum of its squares. With
             several micro-batches at a time the first phase is the smallest compute of the busiest device, among plans
-            that fit.
+            that fit. Where one of the next two fills its fullest device less, in the first case, or alone fits, in
+            the second, ``auto`` lays blocks as that does.
 contiguous  two devices; all lists but the last lie on device 0, and as many blocks of the last as make parameters most
             even, where device 0 counts a stand-in of ``PHANTOM`` x scale parameters for other modules. Of a network
             with one list that list is divided; nothing is pinned.
@@ -59,8 +60,8 @@ def plan_split(
 ) -> SplitPlan:
     """Divide ``blocks``, in the order of the forward, over ``devices``.
 
-    scale          ``model.split_model_other_module_param_count_scale``, of ``contiguous`` and ``greedy``; ``auto`` uses
-                   its tolerance only as far as it stays no worse than these two with it
+    scale          ``model.split_model_other_module_param_count_scale``, of ``contiguous`` and ``greedy``; ``auto`` is
+                   never worse than these two with it
     counts         ``model.split_model_blocks``: blocks of each device, of ``manual``
     micro_batches  forwards before their backward; each holds its own activations
     refuse         whether a device that has too little is an error
@@ -71,13 +72,12 @@ def plan_split(
     """
     case = _Case(tuple(blocks), tuple(devices), rest, micro_batches)
     _check(case, strategy, counts)
-    warnings, notes = [], []
+    warnings = []
     if len(devices) == 1:
         warnings.append(f"{_DEVICES}: found one device ({devices[0].name}); there is nothing to split")
         plan = case.plan(strategy, (0,) * len(blocks))
     elif strategy == "auto":
         plan = _auto(case, scale)
-        notes += ["stages are even in compute, for micro-batches to overlap"] if micro_batches > 1 else []
     elif strategy == "manual":
         plan = case.plan(strategy, tuple(stage for stage, count in enumerate(counts or ()) for _ in range(count)))
     else:
@@ -86,13 +86,13 @@ def plan_split(
             warnings.append(f"{_STRATEGY}: contiguous takes two devices, so {len(devices)} get greedy; auto takes any")
             warnings.append("one device computes at a time; on three and more FSDP2 or DeepSpeed keep all of them busy")
         plan = case.plan(strategy, _compatible(case, strategy, scale))
-    best = case.plan("auto", _divide(case.shares(), max)[1])
+    best = _least([case.plan("auto", _divide(case.shares(), max)[1]), *_others(case, scale)])
     if refuse:
         _refuse(plan, best)
     if strategy != "auto" and plan.fullest.share > WORSE * best.fullest.share:
         told = [f"{_gib(load.bytes)} on {load.device.name}" for load in (plan.fullest, best.fullest)]
         warnings.append(f"{_STRATEGY}: {strategy} needs {told[0]}, auto at most {told[1]}")
-    return replace(plan, warnings=tuple(warnings), notes=tuple(notes))
+    return replace(plan, warnings=tuple(warnings))
 
 
 class _Tally:
@@ -226,23 +226,35 @@ def _where(tables: Tables, judged: Tables, limit: float) -> Tables:
 
 
 def _auto(case: _Case, scale: float) -> SplitPlan:
-    """The plan of both phases; that of the smallest max(bytes / capacity) where even this one does not fit."""
-    shares, count = case.shares(), len(case.blocks)
+    """The plan of both phases; that of the smallest max(bytes / capacity) where no contiguous one fits."""
+    shares, count, others = case.shares(), len(case.blocks), _others(case, scale)
     worst, stages = _divide(shares, max)
     full = inf if case.devices[0].capacity is None else 1.0
     if worst > full:
-        return case.plan("auto", stages)
+        return _least([case.plan("auto", stages), *others])
     if case.micro_batches > 1:
         work = [[sum(b.compute for b in case.blocks[i:j]) for j in range(i, count + 1)] for i in range(count + 1)]
         first = _where([work] * len(shares), shares, full)
         limit = _divide(first, max)[0] * (1 + TOLERANCE)
     else:
         # The tolerance must not make it worse than the strategies it is to beat.
-        names = ("contiguous", "greedy") if len(case.devices) == 2 else ("greedy",)
-        others = [case.plan(name, _compatible(case, name, scale)).fullest.share for name in names]
-        first, limit = shares, max(worst, min(full, worst * (1 + TOLERANCE), *others))
+        first, limit = shares, max(worst, min(full, worst * (1 + TOLERANCE), *(each.fullest.share for each in others)))
     squares = [[[share**2 for share in row] for row in table] for table in shares]
-    return case.plan("auto", _divide(_where(squares, first, limit), operator.add)[1])
+    plan = case.plan("auto", _divide(_where(squares, first, limit), operator.add)[1])
+    if case.micro_batches > 1:
+        return replace(plan, notes=("stages are as even in compute as memory allows, for micro-batches to overlap",))
+    return _least([plan, *others])
+
+
+def _others(case: _Case, scale: float) -> list[SplitPlan]:
+    """The plans of the documented strategies that these devices allow, as ``auto``'s own."""
+    names = ("contiguous", "greedy") if len(case.devices) == 2 else ("greedy",)
+    return [case.plan("auto", _compatible(case, name, scale)) for name in names]
+
+
+def _least(plans: Sequence[SplitPlan]) -> SplitPlan:
+    """The first of those whose fullest device has the smallest share."""
+    return min(plans, key=lambda plan: plan.fullest.share)
 
 
 def _compatible(case: _Case, strategy: str, scale: float) -> tuple[int, ...]:
@@ -273,22 +285,28 @@ def _check(case: _Case, strategy: str, counts: Sequence[int] | None) -> None:
         raise UserError(f"{_DEVICES}: found none, expected one at least")
     if strategy != "manual" and counts is not None:
         raise UserError(f"{_COUNTS}: only {_STRATEGY}: manual reads it, found {strategy}; set that or remove it")
-    found, wanted = list(counts or ()), (len(case.devices), len(case.blocks))
-    wrong = (len(found), sum(found)) != wanted or min(found) < 0
-    if strategy == "manual" and len(case.devices) > 1 and wrong:
-        raise UserError(
-            f"{_COUNTS}: found {found}, {len(found)} numbers with the sum {sum(found)}; expected {wanted[0]}, one for "
-            f"each device and none negative, with the sum {wanted[1]}, the blocks of the network"
-        )
+    if strategy == "manual" and (problems := count_problems(counts or (), len(case.devices), len(case.blocks))):
+        raise UserError(*problems)
+
+
+def count_problems(counts: Sequence[int], devices: int, blocks: int) -> list[str]:
+    """One line where ``model.split_model_blocks`` does not suit so many devices and blocks."""
+    found = list(counts)
+    if (len(found), sum(found)) == (devices, blocks) and min(found) >= 0:
+        return []
+    return [
+        f"{_COUNTS}: found {found}, {len(found)} numbers with the sum {sum(found)}; expected {devices}, one for "
+        f"each device and none negative, with the sum {blocks}, the blocks of the network"
+    ]
 
 
 def _refuse(plan: SplitPlan, best: SplitPlan) -> None:
     """``UserError`` with the numbers of each device where one has too little; ``best`` is the most even plan."""
     if plan.loads[0].device.capacity is None or plan.fullest.share <= 1:
         return
-    advice = "quantize (model.quantize), set train.gradient_checkpointing: full, lower data.batch_size, add devices"
+    advice = f"add devices ({_DEVICES})"
     if plan.micro_batches > 1:
-        advice = f"lower model.split_micro_batches ({plan.micro_batches}), {advice}"
+        advice = f"lower model.split_micro_batches ({plan.micro_batches}), or {advice}"
     if best.fullest.share <= 1:
         advice = f"set {_STRATEGY}: auto, which fits"
     rows = []
@@ -297,7 +315,7 @@ def _refuse(plan: SplitPlan, best: SplitPlan) -> None:
         when = f" ({plan.phases[worst - 1]})" if worst else ""
         rows.append(f"{load.device.name} needs {_gib(load.bytes)} of {_gib(load.device.capacity or 0)}{when}")
     missing = _gib(sum(max(0, x.bytes - (x.device.capacity or 0)) for x in plan.loads))
-    what = f"{plan.strategy} does not fit {len(plan.stages)} blocks on {len(rows)} devices"
+    what = f"{plan.strategy} does not fit {len(plan.stages)} blocks on {len(rows)} device{'s' * (len(rows) > 1)}"
     raise UserError(f"{_STRATEGY}: {what}: {', '.join(rows)}; {missing} are missing; {advice}")
 
 

@@ -26,7 +26,7 @@ def zero_problems(config: Config, environment: Mapping[str, str]) -> list[str]:
             problems.append(f"ACCELERATE_DEEPSPEED_{name}: found {found}, which qflux does not follow; {OURS}")
     if stage not in ("2", "3"):
         problems.append(f"{STAGE}: found {stage}, expected 2 or 3; {OURS}")
-    if clipping not in ("", "none", "auto", str(train.max_grad_norm)):
+    if clipping not in ("", "none", "auto") and _number(clipping) != train.max_grad_norm:
         problems.append(
             f"{_CLIPPING}: found {clipping}, but train.max_grad_norm is {train.max_grad_norm}; leave it out of the "
             "launcher's config"
@@ -83,3 +83,10 @@ def engine_settings(config: Config, stage: int, sizes: Sequence[int]) -> dict[st
         # No kind of layer is named whose gradients may travel in 16 bits.
         settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
     return settings
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None

@@ -44,7 +44,7 @@ from qflux.tools.plan_memory import (
 )
 from qflux.tools.plan_phases import Estimate
 from qflux.tools.plan_setup import VALIDATING, Phase, Setup, setup_of, worst
-from qflux.tools.plan_split import divided, named_devices, split_dict
+from qflux.tools.plan_split import block_problems, divided, named_devices, split_dict
 from qflux.tools.plan_text import plan_text, remedy, size, summary
 from qflux.tools.plan_validation import drawn_shapes, held_out_shapes, read_held_out
 from qflux.types import Family
@@ -192,7 +192,7 @@ class Plan:
                 "epochs": None if not samples else train.max_train_steps * batch / samples,
             },
             "advice": None if self.advice is None else self.advice.as_dict(),
-            "split": None if self.split is None else split_dict(self.split),
+            "split": None if self.split is None else split_dict(self.split, train.gradient_accumulation_steps),
             "notes": list(self.notes),
             "problems": list(self.problems),
         }  # fmt: skip
@@ -362,9 +362,9 @@ def planned_problems(config: Config, trainer_class: type[BaseTrainer]) -> list[s
     """
     family, described = trainer_class.family, family_data(trainer_class)
     name = config.model.pretrained_model_name_or_path
-    local = Path(name).expanduser().is_dir()
-    known = local or bool(family.folder and known_layouts(described, name))
-    return _problems(config, family, _model(config, trainer_class, described, None)[0] if known else {}, described)
+    known = Path(name).expanduser().is_dir() or bool(family.folder and known_layouts(described, name))
+    layouts = _model(config, trainer_class, described, None)[0] if known else {}
+    return _problems(config, family, layouts, described) + block_problems(config, family, layouts)
 
 
 def _problems(config: Config, family: Family, layouts: Mapping[str, Layout], described: Path) -> list[str]:

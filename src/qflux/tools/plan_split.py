@@ -8,31 +8,44 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from qflux.config import Config
 from qflux.errors import UserError
-from qflux.models.memory_rules import usable
+from qflux.models.memory_rules import stage_room, usable
 from qflux.parallel.split_parts import DeviceLoad, Part, SplitBlock, SplitDevice, SplitPlan, SplitRest
-from qflux.parallel.split_plan import plan_split
+from qflux.parallel.split_plan import count_problems, plan_split
 from qflux.tools.plan_memory import Layout, Shape, adapter_shapes, state_bytes
 from qflux.tools.plan_setup import DTYPE_BYTES, STEP, Phase, Setup, worst
+from qflux.types import Family
 
 if TYPE_CHECKING:
     from qflux.tools.plan_phases import Estimate
 
-ASSUMED = ("cuda:0", "cuda:1")  # where the config names no devices and none are asked
+ASSUMED = 2  # devices, where the config says nothing of them and none are asked
 BEHIND = ("norm_out.", "proj_out.")  # what networks call after their last block
 TRAINED = "what is trained"  # adapter, gradients, state of the optimizer, averages and copies
 _HEAD_DIM = 128
 
 
 def named_devices(config: Config, memory: int | None) -> list[SplitDevice]:
-    """The config's devices, or two; each with ``memory`` bytes, None = not known."""
-    names = config.model.split_devices or ASSUMED
-    return [SplitDevice(name, None if memory is None else usable(memory) // names.count(name)) for name in names]
+    """The config's devices, or one for each number of blocks, or two; each with ``memory`` bytes, None = not known."""
+    count = len(config.model.split_model_blocks or ()) or ASSUMED
+    names = config.model.split_devices or tuple(f"cuda:{index}" for index in range(count))
+    rooms = [None if memory is None else stage_room(usable(memory), names.count(name)) for name in names]
+    return list(map(SplitDevice, names, rooms))
+
+
+def block_problems(config: Config, family: Family, layouts: Mapping[str, Layout]) -> list[str]:
+    """Where ``model.split_model_blocks`` does not suit devices and network, as far as the config and layouts say."""
+    model, lists = config.model, layouts[family.denoiser].blocks if family.denoiser in layouts else {}
+    counts = model.split_model_blocks if model.split_model_strategy == "manual" else None
+    if counts is None or not model.split_model_over_gpus or not set(family.block_lists) <= lists.keys():
+        return []
+    blocks = sum(lists[name][0] for name in family.block_lists)
+    return count_problems(counts, len(named_devices(config, None)), blocks)
 
 
 def plan_of(estimate: Estimate, setup: Setup, devices: Sequence[SplitDevice], *, refuse: bool = True) -> SplitPlan:
@@ -61,13 +74,17 @@ def plan_of(estimate: Estimate, setup: Setup, devices: Sequence[SplitDevice], *,
 
 
 def divided(estimate: Estimate, setup: Setup) -> tuple[Estimate, list[str]]:
-    """(the estimate, of one device where the network cannot be split; why not, or which device has too little)."""
+    """(the estimate, of one device where the network cannot be split; why not, or which device has too little).
+
+    Numbers of blocks that are not there are told by ``refusals``; too little by a rule of thumb is no problem.
+    """
     try:
         plan = estimate.division(setup)
     except UserError as error:
-        return replace(estimate, devices=()), list(error.problems)
+        missing = estimate.config.model.split_model_blocks is None
+        return replace(estimate, devices=()), [] if missing else list(error.problems)
     try:
-        if plan is not None:
+        if plan is not None and estimate.computing(setup).exact:
             plan_of(estimate, setup, estimate.devices)
     except UserError as error:
         return estimate, list(error.problems)
@@ -180,8 +197,8 @@ def _trained_bytes(estimate: Estimate, setup: Setup) -> dict[str, tuple[int, tup
     return totals
 
 
-def split_dict(plan: SplitPlan) -> dict[str, Any]:
-    """The section ``split`` of ``--plan --json``."""
+def split_dict(plan: SplitPlan, steps: int) -> dict[str, Any]:
+    """The section ``split`` of ``--plan --json``; ``steps`` = micro-batches of an optimizer step."""
     return {
         "strategy": plan.strategy,
         "devices": [
@@ -199,7 +216,7 @@ def split_dict(plan: SplitPlan) -> dict[str, Any]:
             for load in plan.loads
         ],
         "transfers": plan.transfers,
-        "bytes_per_step": plan.step_bytes,
+        "bytes_per_step": steps * plan.crossing,
         "micro_batches": plan.micro_batches,
         "balance": plan.balance,
         "warnings": [*plan.warnings, *plan.notes],
@@ -208,7 +225,9 @@ def split_dict(plan: SplitPlan) -> dict[str, Any]:
 
 def advice(config: Config, plan: SplitPlan, whole: Sequence[Phase]) -> list[str]:
     """Where other ways to use several devices are better; ``whole`` = the phases with the network on one device."""
-    several, found = len(set(plan.devices)), []
+    several, found = len(set(plan.devices)), list[str]()
+    if several == 1:
+        return found
     capacity = plan.loads[0].device.capacity
     if capacity is not None and worst(whole).bytes <= capacity:
         found.append("the whole network fits on one device: DDP (accelerate_configs/ddp.yaml) keeps all of them busy")
@@ -218,6 +237,6 @@ def advice(config: Config, plan: SplitPlan, whole: Sequence[Phase]) -> list[str]
             "over PCIe, or with cards of different sizes, the split is the better one"
         )
     steps = config.train.gradient_accumulation_steps
-    if several > 1 and plan.micro_batches == 1 and steps > 1:
+    if plan.micro_batches == 1 and steps > 1:
         found.append(f"model.split_micro_batches: up to {steps} lets devices compute at the same time")
     return found

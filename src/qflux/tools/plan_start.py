@@ -13,7 +13,7 @@ from qflux.config_values import memory_bytes
 from qflux.data.dataset import EditDataset
 from qflux.errors import UserError
 from qflux.io.progress import say
-from qflux.models.memory_rules import CONTEXT, usable
+from qflux.models.memory_rules import CONTEXT, stage_room, usable
 from qflux.parallel.split_plan import SplitDevice, SplitPlan
 from qflux.tools.plan import make_plan
 from qflux.tools.plan_setup import setup_of
@@ -65,24 +65,32 @@ def _with_room(config: Config, devices: Sequence[SplitDevice]) -> list[SplitDevi
     """Devices whose capacity is what is free: as ``train.memory_limit`` says it, where that says anything."""
     limit, names = config.train.memory_limit, [each.name for each in devices]
     if limit is None:
-        found = [each.capacity and usable(each.capacity, 0) for each in devices]
+        found = [None if each.capacity is None else usable(each.capacity, 0) for each in devices]
+    elif limit == "none":
+        found = [None] * len(names)
     else:
-        whole = None if limit == "none" else usable(memory_bytes(limit))
-        found = [whole and whole // names.count(name) for name in names]
+        found = [stage_room(usable(memory_bytes(limit)), names.count(name)) for name in names]
     return [replace(each, capacity=capacity) for each, capacity in zip(devices, found, strict=True)]
 
 
 def split_planner(
-    config: Config, trainer_class: type[BaseTrainer], datasets: Sequence[EditDataset], folder: Path
+    config: Config,
+    trainer_class: type[BaseTrainer],
+    datasets: Sequence[EditDataset],
+    folder: Path,
+    training: bool = True,
 ) -> Callable[[Sequence[SplitDevice]], SplitPlan]:
     """What divides the network over devices with so many free bytes, for ``BaseTrainer.plan_split``.
 
-    ``train.memory_limit`` stands in for what is free where it is an amount, and lifts the limit where it is none.
+    ``train.memory_limit`` stands in for what is free where it is an amount, and lifts the limit where it is none. A
+    device with too little is an error but by a rule of thumb, and but for a run that does not train: it takes less.
     """
 
     def divide(devices: Sequence[SplitDevice]) -> SplitPlan:
         estimate = make_plan(config, trainer_class, datasets=datasets, model=folder, devices=()).estimate
-        return plan_of(estimate, setup_of(config), _with_room(config, devices))
+        setup = setup_of(config)
+        refuse = training and estimate.computing(setup).exact
+        return plan_of(estimate, setup, _with_room(config, devices), refuse=refuse)
 
     return divide
 

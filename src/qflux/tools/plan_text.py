@@ -37,7 +37,7 @@ def plan_text(plan: Plan) -> str:
     if plan.split:
         parts.append(_split_lines(plan, plan.split))
     if plan.advice:
-        parts.append(_advice_lines(plan.advice, len(plan.split.loads) if plan.split else 1))
+        parts.append(_advice_lines(plan.advice, len(set(plan.split.devices)) if plan.split else 1))
     return "\n\n".join("\n".join(lines) for lines in parts)
 
 
@@ -129,26 +129,31 @@ def _memory_lines(plan: Plan) -> list[str]:
 def _split_lines(plan: Plan, split: SplitPlan) -> list[str]:
     unit, scale = _unit(load.bytes for load in split.loads)
     rows: list[Sequence[str]] = [
-        ("device", "blocks", f"weights, {unit}", "trained", "activations", "others", "a step", "between", "of")
+        ("device", f"weights, {unit}", "trained", "activations", "others", "a step", "between", "of")
     ]
+    placed = []
     for load in split.loads:
         blocks = " + ".join(f"{count} {name}" for name, count in load.blocks) or "none"
+        placed.append(f"{load.device.name} {blocks}")
         step, *between = load.moments
         working = load.activations + load.device.working
         figures = (load.weights, load.trained, working, load.device.resident, step, max(between))
         capacity = load.device.capacity
         given = "?" if capacity is None else _amount(capacity, scale)
-        rows.append((load.device.name, blocks, *(_amount(figure, scale) for figure in figures), given))
-    whole = plan.estimate.whole(plan.setup)
+        rows.append((load.device.name, *(_amount(figure, scale) for figure in figures), given))
+    whole, steps = plan.estimate.whole(plan.setup), plan.config.train.gradient_accumulation_steps
+    count = len(set(split.devices))
+    over = f"{count} device{'s' * (count > 1)} ({split.strategy})"
     lines = [
         *_wrapped(
-            f"the network over {len(split.loads)} devices ({split.strategy}), in a step and between steps; each phase "
-            "above is that of the device it fills most",
+            f"the network over {over}, in a step and between steps; each phase above is that of the device it fills "
+            "most",
             "  ",
         ),
-        *_table(rows, "<<" + ">" * 7),
-        f"{split.transfers} transfers a forward, {size(split.step_bytes)} cross in {split.micro_batches} "
-        f"micro-batch{'es' * (split.micro_batches > 1)}; balance of compute {split.balance:.2f}",
+        *_table(rows, "<" + ">" * 7),
+        *_wrapped(f"blocks: {', '.join(placed)}", "  "),
+        f"{split.transfers} transfers a forward, {size(steps * split.crossing)} cross in a step of {steps} "
+        f"micro-batch{'es' * (steps > 1)}; balance of compute {split.balance:.2f}",
     ]
     for word, said in (("note", (*split.warnings, *split.notes)), ("advice", advice(plan.config, split, whole))):
         for line in said:
