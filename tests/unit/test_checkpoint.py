@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import json
+import shutil
 from pathlib import Path
 
 import jsonschema
@@ -15,6 +16,7 @@ from qflux.runtime.checkpoint import (
     list_checkpoints,
     read_manifest,
     read_state,
+    rotate,
     save_checkpoint,
     verify_checkpoint,
 )
@@ -163,6 +165,38 @@ def test_killed_between_the_two_renames_the_old_one_is_found_and_later_removed(t
     assert find_checkpoint(tmp_path) == tmp_path / "checkpoint-000001.old"
     save_checkpoint(tmp_path, 1, content("new"), IDENTITY, 3)
     assert names(tmp_path) == ["checkpoint-000001"]
+
+
+def aside(run: Path, step: int, monkeypatch) -> Path:
+    """The state after a kill between the two renames: what was moved aside, sound, and no successor."""
+    save_checkpoint(run, step, content("old"), IDENTITY, None)
+    with monkeypatch.context() as patch:
+        patch.setenv("QFLUX_FAULT", f"aside.after:{arrivals['aside.after'] + 1}:raise")
+        with pytest.raises(RuntimeError, match="planted"):
+            save_checkpoint(run, step, content("new"), IDENTITY, None)
+    return run / f"{checkpoint.checkpoint_name(step)}.old"
+
+
+def test_what_was_moved_aside_is_a_checkpoint_until_its_successor_stands(tmp_path, monkeypatch):
+    save_checkpoint(tmp_path, 4, content(), IDENTITY, None)
+    left = aside(tmp_path, 8, monkeypatch)
+    rotate(tmp_path, 8, 1, keep=left)
+    assert list_checkpoints(tmp_path) == [left]
+    save_checkpoint(tmp_path, 12, content(), IDENTITY, 2)
+    assert names(tmp_path) == [left.name, "checkpoint-000012"], "within the limit"
+    save_checkpoint(tmp_path, 16, content(), IDENTITY, 2)
+    assert names(tmp_path) == ["checkpoint-000012", "checkpoint-000016"]
+
+
+def test_a_damaged_successor_does_not_supersede(tmp_path, monkeypatch):
+    left = aside(tmp_path, 8, monkeypatch)
+    after = save_checkpoint(tmp_path, 8, content("other"), IDENTITY, 1)
+    assert names(tmp_path) == [after.name], "a sound one does"
+    shutil.copytree(after, left)
+    (after / "b.bin").write_bytes(b"c")
+    rotate(tmp_path, 8, None, keep=left)
+    rotate(tmp_path, 12, None)
+    assert names(tmp_path) == [left.name, after.name]
 
 
 def test_an_export_that_was_killed_does_not_keep_a_checkpoint(tmp_path):

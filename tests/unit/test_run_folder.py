@@ -195,6 +195,34 @@ def test_a_resume_makes_up_for_a_rotation_and_for_sweeping(config):
     assert not list(path.rglob(f"{atomic.TEMP_PREFIX}*"))
 
 
+def test_a_resume_keeps_what_it_goes_on_from(config):
+    """After a kill between the two renames of a save only the checkpoint that was moved aside is there."""
+    path = crashed(config, 2, 4)
+    left = path / "checkpoint-000004.old"
+    (path / "checkpoint-000004").rename(left)
+    config.train.checkpoints_total_limit = 1
+    with open_run(config, IDENTITY, "auto") as run:
+        assert (run.step, run.checkpoint) == (4, left)
+        assert list_checkpoints(path) == [left]
+        save_checkpoint(path, 6, write, IDENTITY, 1)
+        assert [each.name for each in list_checkpoints(path)] == ["checkpoint-000006"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[" * 200_000, '{"identity": null}', '{"identity": [1]}', '{"max_train_steps": null}', '{"exit_code": "0"}', "3"],
+    ids=lambda text: text[:30],
+)
+def test_a_strangers_run_json_is_no_record(config, capsys, text):
+    path = crashed(config, 2)
+    (path / "run.json").write_text(text)
+    with pytest.raises(UserError, match=r"^--resume .*: its run\.json is damaged or not one that qflux wrote"):
+        open_run(config, IDENTITY, str(path))
+    with open_run(config, IDENTITY, "auto") as run:
+        assert run.path.name == "v2"
+    assert f"{path} has no readable run.json and is not continued" in capsys.readouterr().out
+
+
 def test_a_folder_that_was_only_made_does_not_hide_a_run_that_got_further(config):
     path = crashed(config, 2)
     (path.parent / "v2").mkdir()

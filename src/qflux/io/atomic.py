@@ -291,11 +291,20 @@ def sweep(folder: Path | str) -> list[Path]:
 
     Only names made by :func:`temp_path` are touched. Those of another host (a shared disk) are left for a day.
     """
+    gone = _leftovers(folder)
+    for path in gone:
+        _remove(path)
+    return gone
+
+
+def left_bytes(folder: Path | str) -> int:
+    """Bytes that :func:`sweep` would set free."""
+    return sum(_size(path) for path in _leftovers(folder))
+
+
+def _leftovers(folder: Path | str) -> list[Path]:
     try:
         names = sorted(name for name in os.listdir(folder) if name.startswith(TEMP_PREFIX))
     except OSError:  # it is not there, no folder, or not ours to look into
         return []
-    gone = [path for path in map(Path(folder).joinpath, names) if _abandoned(path)]
-    for path in gone:
-        _remove(path)
-    return gone
+    return [path for path in map(Path(folder).joinpath, names) if _abandoned(path)]

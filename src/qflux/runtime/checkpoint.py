@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import errno
-import json
 import os
 import re
 import shutil
@@ -202,22 +201,27 @@ def _publish(staged: Path, final: Path) -> None:
     _remove(aside)
 
 
-def rotate(run_dir: Path, step: int, limit: int | None) -> None:
+def rotate(run_dir: Path, step: int, limit: int | None, keep: Path | None = None) -> None:
     """Remove the oldest checkpoints of ours until ``limit`` are left; the one of ``step`` was just verified and stays.
 
-    Folders of later steps (left by a run that was set back) are not counted and not touched. A resume calls this too:
-    a kill may have come between a save and its rotation.
+    Folders of later steps (left by a run that was set back) are not counted and not touched. A resume calls this too,
+    with what it goes on from as ``keep``: a kill may have come between a save and its rotation. What was moved aside
+    goes when its successor is whole; else it is a checkpoint like others.
     """
     reach("rotation.before")
-    newest = run_dir / checkpoint_name(step)
+    stay = {run_dir / checkpoint_name(step)} | ({keep} if keep is not None else set())
     numbered = [(int(_NAME.fullmatch(path.name)[1]), path) for path in list_checkpoints(run_dir)]  # type: ignore[index]
-    older = [path for number, path in numbered if number <= step and path != newest and _is_ours(path)]
-    superseded = [path for path in older if path.suffix]
-    rest = [path for path in older if path not in superseded]
+    older = [(number, path) for number, path in numbered if number <= step and path not in stay and _is_ours(path)]
+    superseded = [path for number, path in older if path.suffix and _is_whole(run_dir / checkpoint_name(number))]
+    rest = [path for _, path in older if path not in superseded]
     surplus = rest[: max(0, len(rest) - max(limit - 1, 0))] if limit is not None else []
     for path in superseded + surplus:
         _remove(path)
     reach("rotation.after")
+
+
+def _is_whole(path: Path) -> bool:
+    return _is_ours(path) and not verify_checkpoint(path)
 
 
 def _is_ours(path: Path) -> bool:
@@ -229,7 +233,7 @@ def _remove(path: Path) -> None:
     """Remove a checkpoint we wrote; it stays when it holds a file that its manifest does not list."""
     atomic.sweep(path)  # of an export that was killed
     try:
-        listed = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]
+        listed = strict_read(path / MANIFEST)["files"]
         foreign = set(_files(path)) - set(listed) - {MANIFEST}
     except (OSError, ValueError, KeyError, TypeError):
         say(f"{path.name} stays: its manifest is damaged")

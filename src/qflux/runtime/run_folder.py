@@ -16,12 +16,14 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from qflux.config import dump_config
 from qflux.errors import DONE, UserError
 from qflux.io import atomic
 from qflux.io.faults import reach
+from qflux.io.json_files import strict_read
 from qflux.io.locks import hold
 from qflux.io.progress import say
 from qflux.io.secrets import redact
@@ -159,7 +161,7 @@ def open_run(
         _prepare_metrics(folder, checkpoint, step)
         atomic.write_text(folder / "config.yaml", dump_config(config))
         if in_place and checkpoint is not None:
-            rotate(folder, step, config.train.checkpoints_total_limit)
+            rotate(folder, step, config.train.checkpoints_total_limit, keep=checkpoint)
         reserve = atomic.temp_path(folder / "reserve")
         atomic.write_bytes(reserve, os.urandom(_RESERVED))  # of bytes that no file system packs
         return RunFolder(folder, checkpoint, step, record, stack.pop_all(), _reserve=reserve)
@@ -172,12 +174,15 @@ def run_folders(root: Path) -> list[Path]:
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
-    """run.json of a folder; None when it is missing or not readable."""
+    """run.json of a folder; None when it is missing, not readable or not one that qflux wrote."""
     try:
-        record = json.loads((Path(folder) / RECORD).read_text(encoding="utf-8"))
+        record = strict_read(Path(folder) / RECORD)
     except (OSError, ValueError):
         return None
-    return record if isinstance(record, dict) else None
+    if not isinstance(record, dict) or not isinstance(record.get("identity", {}), dict):
+        return None
+    steps, code = record.get("max_train_steps", 0), record.get("exit_code")
+    return record if type(steps) is int and type(code) in (int, NoneType) else None
 
 
 def identity_differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
@@ -241,6 +246,8 @@ def _explicit(path: Path, identity: _Identity) -> tuple[Path | None, Path | None
     record = read_record(path)
     if record is None:
         found = "it has neither run.json nor manifest.json" if path.is_dir() else "there is no such folder"
+        if (path / RECORD).is_file():
+            found = "its run.json is damaged or not one that qflux wrote"
         raise UserError(f"--resume {path}: {found}; expected auto, a folder v<K> of a run, or a checkpoint in one")
     differences = identity.differences(record.get("identity", {}))
     if differences:

@@ -160,7 +160,7 @@ def _records(path: Path) -> Iterable[tuple[str, dict[str, Any]]]:
     for line in text.splitlines():
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(record, dict) and isinstance(record.get("step"), int):
             yield line, record

@@ -65,8 +65,6 @@ def check_disk(
     """
     config = trainer.config
     start = _start(config, resume) if training else Start()
-    if start.folder is not None:
-        atomic.sweep(start.folder)  # of a killed run: a whole checkpoint, perhaps
     fills = config.cache.on_missing == "fill" and config.cache.use_cache if training else True
     there, lacking = _cached(trainer, datasets) if fills else (0, 0)
     short = shortages(_parts(trainer, datasets, start, training, there, lacking))
@@ -133,9 +131,12 @@ def _run(config: Config, plan: Plan, start: Start) -> list[Part]:
     told = lines * _LINE
     if config.logging.report_to:
         told += lines * _SCALARS + looks * sum(pictures)
+    saved = count * (plan.disk.checkpoint + 8 * BLOCK)
+    if start.folder is not None:  # what a killed run left goes when this one has the folder for itself
+        saved = max(0, saved - atomic.left_bytes(start.folder))
     shown = min(looks, _SHEETS) * min(sheet, _EMBEDDED) + _BEST * min(max(pictures, default=0), _EMBEDDED)
     return [
-        Part(f"{count} checkpoint{'s' * (count > 1)}", root, count * (plan.disk.checkpoint + 8 * BLOCK), checkpoints),
+        Part(f"{count} checkpoint{'s' * (count > 1)}", root, saved, checkpoints),
         Part("samples", root, looks * drawn, f"raise logging.validation.steps, or {larger}"),
         Part("metrics", root, told, f"raise logging.logging_steps, or {larger}"),
         Part("report", root, _PAGE + shown, larger),
