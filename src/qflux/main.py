@@ -181,6 +181,13 @@ def refuse_other_kind(config: Config, trainer_class: type[BaseTrainer], found: s
     )
 
 
+def refuse_file(out: Path | None) -> None:
+    """UserError where pictures cannot go to ``out``, because a file lies there or on the way."""
+    taken = next((path for path in (out, *out.parents) if path.exists()), None) if out else None
+    if taken is not None and not taken.is_dir():
+        raise UserError(f"--out: found {taken}, expected a folder; name another one")
+
+
 def opening(config: Config, args: argparse.Namespace) -> str:
     """The first line: what was understood, of which file."""
     what = f"training to step {config.train.max_train_steps}"
@@ -199,6 +206,7 @@ def run(args: argparse.Namespace, stop: StopSignal) -> int:
         return plan(config, trainer_class, args)
     if args.export or args.push:
         return share(config, trainer_class, args)
+    refuse_file(args.out)
     datasets, found = ([], []) if args.sample else scan_all(config, trainer_class.family)
     problems = early_problems(config, trainer_class.family) + found
     if problems:

@@ -203,11 +203,14 @@ class Kills:
             raise Broken(f"{command.name} ended with {code} under {harm}:\n{child.said()[-4000:]}")
         return code != 0
 
-    def random_harms(self, chance: random.Random, number: int) -> list[Harm]:
-        """SIGKILLs at even chances over the whole length of the sequence, the earlier ones first."""
+    def random_harms(self, chance: random.Random, number: int, first: Sequence[str] = ()) -> list[Harm]:
+        """SIGKILLs at even chances over the whole length of the sequence, the earlier ones first.
+
+        Each command of ``first`` gets one of them, in its first half: short ones would hardly ever be hit.
+        """
         length = sum(self.durations.values())
-        found = []
-        for moment in sorted(chance.uniform(0, length) for _ in range(number)):
+        found = [Harm(name, seconds=chance.uniform(0, self.durations[name] / 2)) for name in first[:number]]
+        for moment in sorted(chance.uniform(0, length) for _ in range(number - len(found))):
             rest = moment
             for name, seconds in self.durations.items():
                 if rest <= seconds:
@@ -241,7 +244,8 @@ class Kills:
         """Lives until as many SIGKILLs as ``kills`` came in time."""
         wanted = count.kills.total() + kills
         while (left := wanted - count.kills.total()) > 0:
-            self.live(f"random-{count.lives}", self.random_harms(chance, min(a_life, left)), count)
+            spared = [name for name in self.durations if not count.kills[name]]
+            self.live(f"random-{count.lives}", self.random_harms(chance, min(a_life, left), spared), count)
 
     def launched(self, chance: random.Random, count: Count) -> None:
         """Three SIGKILLs of the real ``accelerate launch``: at a point in the worker, of all, and of the launcher."""

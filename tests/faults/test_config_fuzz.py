@@ -33,7 +33,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize(
     ("make", "count", "check", "keys"),
     [
-        (file_case, 5000, judge, len(KEYS)),
+        (file_case, 5500, judge, len(KEYS)),
         (override_case, 3000, judge, len(KEYS)),
         (hurt_case, 1000, judge, 0),
         (other_spelling, 500, judge_same, 0),

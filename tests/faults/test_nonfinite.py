@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ from qflux.runtime.checkpoint import list_checkpoints, verify_checkpoint
 from qflux.trainer import finite, loop
 from qflux.trainer.base_trainer import BaseTrainer
 from qflux.trainer.encoding import SampleReader
-from qflux.trainer.finite import FiniteWatch
+from qflux.trainer.finite import FiniteWatch, refuse_non_finite
 from qflux.trainer.flux_kontext_trainer import FluxKontextTrainer
 from qflux.types import Batch, EncodedSample
 
@@ -366,3 +367,24 @@ def test_the_scan_sees_what_it_should(tmp_path: Path) -> None:
 
     save_tensors(tmp_path / "a.safetensors", {"good": torch.ones(3), "bad": torch.tensor([1.0, math.nan])})
     assert [line.split(": ")[1] for line in non_finite(tmp_path)] == ["bad"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn, torch.complex64], ids=str)
+def test_every_dtype_is_looked_at_before_a_save(dtype: torch.dtype) -> None:
+    def files(value: float) -> Any:
+        users = {"w": torch.full((4,), value).to(dtype)}
+        return SimpleNamespace(users=users, raw={}, averaged=None, trees={})
+
+    refuse_non_finite(files(1.0), 3)
+    with pytest.raises(RunStopped, match="weights w"):
+        refuse_non_finite(files(math.nan), 3)
+
+
+def test_a_number_of_an_optimizer_that_is_none_is_seen() -> None:
+    def files(value: float) -> Any:
+        tree = {"groups": [{"d": value, "lr": math.nan, "growth": math.inf}], "b": torch.ones(2)}
+        return SimpleNamespace(users={}, raw={}, averaged=None, trees={"optimizer": tree})
+
+    refuse_non_finite(files(1.0), 3)
+    with pytest.raises(RunStopped, match=r"optimizer state optimizer\.groups\.0\.d"):
+        refuse_non_finite(files(math.nan), 3)

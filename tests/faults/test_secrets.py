@@ -247,3 +247,52 @@ def test_nothing_is_read_from_a_file_beside_the_config(searched: Searched, monke
     with pytest.raises(UserError, match="holds the value of the environment variable WANDB_API_KEY"):
         load_config(searched.project.config, [f"data.trigger_word={TRACKER}"])
     assert json.dumps(load_config(searched.project.config).model_dump(mode="json")).count(HIDDEN) == 0
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "sk-vogue-fashion-pictures/train",
+        "owner/sk-anime-characters-lora-v2",
+        "sk-learn-dataset-of-cats-2024",
+        "owner/sk-proj-Anime2-characters-lora",
+        "max_token=512",
+        "num_token=77",
+        "data.tokens: max_token=1000000000",
+        "a sign that says password=yes",
+    ],
+)
+def test_names_and_numbers_are_no_secrets(text: str) -> None:
+    assert redact(text) == text
+    assert secret_in(text) is None
+
+
+@pytest.mark.parametrize(
+    "token",
+    [
+        "sk-" + "Ec9" * 12,
+        "sk-" + "4f0e" * 8,
+        "sk-proj-" + "aB3_" * 10 + "T3-" + "x9Y" * 12,
+        "sk-ant-api03-" + "aB3-" * 20,
+        "sk-or-v1-" + "0a9f" * 16,
+    ],
+)
+def test_true_keys_are_secrets(token: str) -> None:
+    assert redact(f"with {token} in it") == f"with {HIDDEN} in it"
+    assert secret_in(token) == "looks like an access token"
+
+
+@pytest.mark.parametrize("name", ["PGPASSWORD", "MYSQL_PWD", "GITHUB_PAT", "WANDB_KEY", "HFTOKEN", "aws_secret_key"])
+def test_variables_named_like_secrets_are_known(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv(name, "qwerty12345")
+    assert redact("it is qwerty12345") == f"it is {HIDDEN}"
+    assert secret_in("it is qwerty12345") == f"holds the value of the environment variable {name}"
+
+
+def test_values_that_are_paths_or_numbers_are_no_secrets(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name, value in {"TOKEN": str(tmp_path), "API_KEY": "00000064", "PWD": "/not/there/any/more"}.items():
+        monkeypatch.setenv(name, value)
+        assert redact(f"{value}/data") == f"{value}/data", name
+        assert secret_in(f"{value}/data") is None
+    monkeypatch.setenv("TOKEN", "/Qa8Zk2Lm9Rt")
+    assert redact("/Qa8Zk2Lm9Rt") == HIDDEN

@@ -265,3 +265,11 @@ def test_explain_of_what_is_damaged_or_no_entry(cache: CacheManager, specs: list
         explain(cache, wanted, tmp_path / "nothing")
     with pytest.raises(UserError, match="no cache entry"):
         explain(cache, wanted, tmp_path)
+
+
+def test_a_file_in_the_cache_s_place_is_an_error(tmp_path: Path, specs: list[SampleSpec]) -> None:
+    (tmp_path / "file").touch()
+    cache = manager(tmp_path / "file")
+    for care in (verify, collect):
+        with pytest.raises(UserError, match=r"^cache\.cache_dir: found .*file, a file, expected a folder"):
+            care(cache, needed([(cache, specs)]))

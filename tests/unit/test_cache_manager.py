@@ -338,3 +338,18 @@ def test_killed_at_any_time_the_rerun_completes_it(tmp_path):
     assert all(path.read_bytes() == data for path, data in made.items())
     assert not list(tmp_path.rglob(".qflux-tmp-*"))
     assert fill(manager(tmp_path), specs, verify=True)[0].reused == 80
+
+
+def test_a_cache_that_cannot_be_written_cannot_be_repaired_there(tmp_path, specs, monkeypatch):
+    cache = manager(tmp_path)
+    fill(cache, specs)
+    path = cache.path("vae", cache.keys(specs[0])["vae"])
+    path.write_bytes(damage(path.read_bytes(), "flip", 5000))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
+        with pytest.raises(UserError, match=r"1 damaged .*cannot be repaired there") as caught:
+            fill(cache, specs, verify=True)
+        assert str(tmp_path) in str(caught.value)
+        assert str(path) in str(caught.value)
+        fill(cache, specs[1:], verify=True)
+    assert fill(cache, specs, verify=True)[0].repaired == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections import defaultdict
 from dataclasses import replace
@@ -22,7 +23,7 @@ from qflux.io.quiet import quiet_imports
 from qflux.io.tensors import load_tensors, read_metadata, save_tensors
 from qflux.models import adapters, foreign_adapters
 from qflux.models.foreign_adapters import start_from
-from qflux.models.native_names import native_layers, read_rules
+from qflux.models.native_names import METADATA_KEY, native_layers, read_rules
 from qflux.models.structures import meta_transformer, structures
 from qflux.tools import export
 from qflux.trainer import setup
@@ -346,3 +347,31 @@ def test_a_wrong_reading_is_seen(
     assert (velocity("flux", start("flux", file, lora)) - wanted).abs().max() <= 1e-5
     monkeypatch.setattr(owner, name, wrong(getattr(owner, name)))
     assert (velocity("flux", start("flux", file, lora)) - wanted).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", ["bundle_emb.word.clip_l", "conditioner.embedders.0.x.lora_down.weight"])
+def test_parts_of_other_tools_count_as_other_components(tmp_path: Path, name: str) -> None:
+    file, lora = stranger("flux", tmp_path, "kohya"), settings(r=5)
+    save_tensors(file, {**load_tensors(file), name: torch.ones(2, 2)})
+    lines = start_from(file, fresh("flux", lora), lora, "transformer", read_rules(DATA / "flux"))
+    assert lines[1:] == [f"starting from an adapter: 1 tensors of other components are left out: {name}"]
+
+
+def test_another_prefix_of_plain_lora_names(tmp_path: Path) -> None:
+    file, lora = stranger("flux", tmp_path, "kohya"), settings(r=5)
+    wanted = changes(start("flux", file, lora))
+    save_tensors(file, {name.replace("lora_unet_", "lycoris_"): value for name, value in load_tensors(file).items()})
+    same(changes(start("flux", file, lora)), wanted, 0.0)
+
+
+def test_a_value_that_is_no_json_breaks_only_its_own_key(tmp_path: Path) -> None:
+    given = settings()
+    adapter, model = trained("flux", tmp_path, given)
+    saved, metadata = load_tensors(adapter), read_metadata(adapter)
+    said = json.loads(metadata[METADATA_KEY])
+    file = tmp_path / "changed.safetensors"
+    odd = {"transformer.lora_dropout": math.nan, 'transformer.a "NaN" b': "NaN", "transformer.x": [math.inf]}
+    save_tensors(file, saved, {METADATA_KEY: json.dumps({**said, **odd})})
+    same(changes(start("flux", file, given)), changes(model), 0.0)
+    for broken in (json.dumps({**said, "transformer.lora_alpha": math.nan}), '{"a": "' + '\\"' * 100_000):
+        assert "no usable lora_alpha" in refused(file, saved, given, {METADATA_KEY: broken})

@@ -259,3 +259,29 @@ def test_no_warning_reaches_the_user(scene, recwarn):
 
 def test_the_pixel_limit_is_ours():
     assert images.MAX_PIXELS <= 2 * Image.MAX_IMAGE_PIXELS
+
+
+def long_text(kind: bytes, size: int, text: bytes = b"x") -> bytes:
+    """A text chunk of ``size`` characters, compressed."""
+    packed = zlib.compress(text * size)
+    return png_chunk(kind, b"workflow\0\0" + packed if kind == b"zTXt" else b"workflow\0\1\0\0\0" + packed)
+
+
+@pytest.mark.parametrize("behind", [False, True])
+@pytest.mark.parametrize("kind", [b"zTXt", b"iTXt"])
+def test_long_compressed_text_of_a_png_is_left_out(tmp_path, scene, kind, behind):
+    data = encoded(scene, "PNG", exif=exif(6))
+    at = len(data) - 12 if behind else 33
+    file = tmp_path / "a.png"
+    file.write_bytes(data[:at] + long_text(kind, 3 << 20) + long_text(kind, 5) + data[at:])
+    for one in (ImageRef.from_path(file), ref(file.read_bytes())):
+        assert one.size == (10, 6)
+        assert np.array_equal(pixels(load_rgb(one)), pixels(load_rgb(ref(data))))
+        assert load_mask(one).size == (6, 10)
+
+
+def test_text_bombs_of_a_png_are_refused(scene):
+    data = encoded(scene, "PNG")
+    bomb = long_text(b"zTXt", 2 << 20) * 200
+    with pytest.raises(UserError, match=r"^a\.png: found a damaged picture \(.*MAX_TEXT"):
+        load_rgb(ref(data[:33] + bomb + data[33:]))

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from qflux.errors import UserError
 from qflux.io import codec, tensors
+from qflux.io.headers import is_pickle
 
 DTYPES = sorted(tensors._CODES, key=str)
 
@@ -182,3 +183,16 @@ def test_state_files_that_do_not_belong_together(tmp_path):
     for foreign in ({"a": 1, "b": 2}, {"set": []}):
         with pytest.raises(ValueError, match="not an encoded tree"):
             codec.decode_tree(foreign, {})
+
+
+@pytest.mark.parametrize("second", range(2, 6))
+def test_a_broken_file_is_no_pickle_because_of_its_length(tmp_path, second):
+    """A header of 0x280 to 0x5ff bytes begins as pickles do."""
+    path = tmp_path / "x.safetensors"
+    for data in (bytes([0x80, second, 0, 0, 0, 0, 0, 0]) + b"{" + b" " * 40, b"\x80"):
+        path.write_bytes(data)
+        assert not is_pickle(path)
+        with pytest.raises(UserError, match="not a readable safetensors"):
+            tensors.load_tensors(path)
+    path.write_bytes(bytes([0x80, second]) + b"}q\x00.")
+    assert is_pickle(path)

@@ -349,3 +349,33 @@ def test_hub_columns_with_gaps_and_single_controls(tmp_path):
     datasets.Dataset.from_dict({"x": ["y"]}).save_to_disk(tmp_path / "foreign")
     with pytest.raises(UserError, match="found the columns x"):
         load_editing_dataset(tmp_path / "foreign")
+
+
+def test_a_named_folder_is_a_root_wherever_it_links(tmp_path):
+    for name in ("pool/images", "pool/control", "pool/masks"):
+        picture(tmp_path / name / "a.png", len(name))
+    (tmp_path / "pool/images/a.txt").write_text("x")
+    root = tmp_path / "set"
+    root.mkdir()
+    for name, goal in (("training_images", "images"), ("control_images", "control"), ("masks", "masks")):
+        (root / name).symlink_to(tmp_path / "pool" / goal)
+    unnamed = read_source(root)
+    assert len(unnamed.problems) == 2
+    assert all("found a link out of the data set" in problem for problem in unnamed.problems)
+    assert all("name its folder in the config" in problem for problem in unnamed.problems)
+    named = {"control_path": [root / "control_images"], "mask_path": root / "masks"}
+    found = read_source(root / "training_images", **named)
+    assert not found.problems
+    assert [names(record.controls) for record in found.records] == [["a.png"]]
+    assert found.records[0].mask is not None
+    assert len(read_source(root, **named).problems) == 1  # the targets' folder is not named
+
+
+def test_a_link_into_a_named_folder_is_inside(tmp_path):
+    pair(tmp_path / "set", "a")
+    moved = picture(tmp_path / "pool/a.png", 7)
+    link = tmp_path / "set/control_images/a.png"
+    link.unlink()
+    link.symlink_to(moved)
+    assert len(read_source(tmp_path / "set").problems) == 1
+    assert not read_source(tmp_path / "set", control_path=[tmp_path / "set/control_images", tmp_path / "pool"]).problems

@@ -155,3 +155,40 @@ def test_masks_of_a_table_match_by_stem_as_those_of_a_folder(tmp_path):
     assert [record.mask is not None for record in found.records] == [False, True]
     assert found.notes == [f"{tmp_path / 'masks'}: 1 of 2 samples have no mask, the first is b"]
     assert "no such folder" in read_source(path, mask_path=tmp_path / "lost").problems[0]
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_csv_rows_end_as_any_program_ends_them(tmp_path, end):
+    for name in "ab":
+        picture(tmp_path / f"{name}.png")
+    text = f'path_target,prompt{end}a.png,"x{end}y\u2028z"{end}b.png,y{end}'
+    (tmp_path / "m.csv").write_bytes(text.encode())
+    found = read_source(tmp_path / "m.csv")
+    assert not found.problems
+    assert [record.prompt for record in found.records] == [f"x{end}y\u2028z", "y"]
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ('{"path_target": "a.png", "x": NaN}', "(NaN, which is no JSON)"),
+        ('{"path_target": "a.png", "path_target": "b.png"}', "(the key 'path_target' twice)"),
+        ('{"path_target": "a.png"', "(Expecting ',' delimiter at column 24)"),
+        ("[1]", "found no JSON object; write"),
+    ],
+)
+def test_the_reason_is_told_where_a_line_is_no_object(tmp_path, line, reason):
+    (tmp_path / "m.jsonl").write_text(line)
+    problem = read_source(tmp_path / "m.jsonl").problems[0]
+    assert problem.startswith(f"{tmp_path / 'm.jsonl'}:1: found no JSON object")
+    assert reason in problem
+
+
+def test_a_link_out_of_a_table_s_folder_counts_as_inside_a_named_one(tmp_path):
+    picture(tmp_path / "masks/a.png")
+    table = tmp_path / "set/m.jsonl"
+    picture(tmp_path / "set/a.png")
+    (tmp_path / "set/m.png").symlink_to(tmp_path / "masks/a.png")
+    table.write_text('{"path_target": "a.png", "prompt": "x", "mask": "m.png"}')
+    assert "found a link out of the data set" in read_source(table).problems[0]
+    assert not read_source(table, mask_path=tmp_path / "masks").problems

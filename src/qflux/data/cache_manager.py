@@ -256,10 +256,22 @@ class CacheManager:
         """What is to be made; the cache is locked when that is anything."""
         survey = self._survey(specs, verify, stop)
         if survey.complete and survey.total:
+            self._refuse_read_only(survey)
             held.enter_context(locks.hold(self.root / ".lock", f"the cache {self.root}", wait))
             self._sweep()
             survey = self._survey_again(survey)
         return survey
+
+    def _refuse_read_only(self, survey: _Survey) -> None:
+        if not self.root.is_dir() or os.access(self.root, os.W_OK):
+            return
+        stage, key = next((stage, key) for stage, keys in survey.todo.items() for key in keys)
+        bad = len(survey.damaged)
+        raise UserError(
+            f"cache.cache_dir: found {self.root}, which cannot be written, with {bad} damaged and {survey.total - bad} "
+            f"missing entries, the first {self.path(stage, key)}; they cannot be repaired there: let it be written, or "
+            "copy it to a folder that can be and name that"
+        )
 
     def _filled(
         self,

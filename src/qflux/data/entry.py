@@ -87,6 +87,8 @@ def expected(stage: EncodeStage, spec: SampleSpec) -> set[str]:
 
 def problems(stage: EncodeStage, spec: SampleSpec, named: Mapping[str, Tensor]) -> list[str]:
     """What is wrong with a stage's result for ``spec``, one line each: missing or foreign names, non-finite values."""
+    from qflux.io import tensors
+
     names = set(named)
     text = {name for name in names if name.startswith(_TEXT)}
     if stage.kind == "text":
@@ -97,8 +99,7 @@ def problems(stage: EncodeStage, spec: SampleSpec, named: Mapping[str, Tensor]) 
         wrong = [f"gave no {sorted(lost)}"] if lost else []
         wrong += [f"gave {sorted(foreign)}, which the sample does not have"] if foreign else []
     for name, tensor in sorted(named.items()):
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-            count = int((~tensor.isfinite()).sum())
+        if count := tensors.non_finite(tensor):
             wrong.append(f"gave {count} non-finite of {tensor.numel()} values in {name} ({tensor.dtype})")
     return wrong
 

@@ -24,6 +24,7 @@ import numpy as np
 from blake3 import blake3
 from PIL import Image, ImageCms, ImageFile
 
+from qflux.data.png_text import without_long_text
 from qflux.errors import UserError
 from qflux.io.digests import blake3_file
 from qflux.types import Resize, Size
@@ -190,11 +191,11 @@ def _opened(ref: ImageRef, data: bytes | None = None) -> Iterator[Image.Image]:
     with _reasons(ref.label):
         if data is None and ref.path is None:
             data = ref.read()
-        source: IO[bytes] | Path | None = ref.path if data is None else io.BytesIO(data)
+        source: IO[bytes] | Path | None = ref.path if data is None else io.BytesIO(without_long_text(data))
         assert source is not None
         length = ref.path.stat().st_size if data is None and ref.path is not None else len(data or b"")
         _refuse_long(ref.label, length)
-        with Image.open(source, formats=FORMATS) as image:
+        with _open(source) as image:
             width, height = image.size
             found = f"{height}x{width} (height x width)"
             if width * height > MAX_PIXELS:
@@ -212,6 +213,15 @@ def _opened(ref: ImageRef, data: bytes | None = None) -> Iterator[Image.Image]:
                 )
             with _one_at_a_time if flat and data is not None and width * height > _ALONE else nullcontext():
                 yield image
+
+
+def _open(source: IO[bytes] | Path) -> Image.Image:
+    try:
+        return Image.open(source, formats=FORMATS)
+    except ValueError as error:
+        if not isinstance(source, Path) or "MAX_TEXT" not in str(error):
+            raise
+    return Image.open(io.BytesIO(without_long_text(source.read_bytes())), formats=FORMATS)
 
 
 def _refuse_long(label: str, length: int) -> None:

@@ -72,7 +72,8 @@ def read_source(
     beside = _first_folder(path, CONTROL_FOLDERS)
     controls = tuple(control_path or ()) or ((beside,) if beside else ())
     found.notes += [f"{other}: not used, targets come from {images}" for other in _other_targets(path, images, own)]
-    read = FolderReader(images or path, controls, mask_path, memo, root).read()
+    roots = (root, *(control_path or ()))
+    read = FolderReader(images or path, controls, mask_path, memo, roots).read()
     read.notes = found.notes + read.notes
     return read
 
@@ -105,7 +106,7 @@ class FolderReader:
     Controls are, folder by folder, ``<stem>.*`` and then ``<stem>_control_<n>.*`` by number; without control folders
     (a flat folder) the latter beside the target. Captions ``<stem>.txt`` are looked for beside the target, then
     beside the controls; masks ``<stem>_mask.*`` likewise, then ``<stem>_mask.*`` or ``<stem>.*`` in ``masks``.
-    Links must stay inside ``root`` (``images`` where None), ``masks`` and those ``controls`` that lie elsewhere.
+    Links must stay inside ``roots`` (``images`` and ``controls`` where there are none) and ``masks``.
     """
 
     def __init__(
@@ -114,12 +115,11 @@ class FolderReader:
         controls: Sequence[Path],
         masks: Path | None,
         memo: DigestMemo | None = None,
-        root: Path | None = None,
+        roots: Sequence[Path] = (),
     ) -> None:
         self.images, self.controls, self.memo = images, tuple(controls), memo
         self.found = Found()
-        given = [folder for folder in self.controls if root is None or not folder.is_relative_to(root)]
-        self.roots = (root or images, *given, *([masks] if masks else []))
+        self.roots = (*(roots or (images, *controls)), *([masks] if masks else []))
         self.targets = pictures_in(images, self.found, self.roots)
         self.beside = [pictures_in(folder, self.found, self.roots) for folder in self.controls]
         self.masks = MaskFolder(masks, self.found, self.roots)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import csv
+import io
+import json
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -41,7 +42,8 @@ def read_table(path: Path, *, mask_path: Path | None = None, memo: DigestMemo | 
     optional. An empty cell is an absent picture; white space around a CSV's cells does not count.
     """
     found = Found()
-    masks = MaskFolder(mask_path, found)
+    roots = (path.parent, *([mask_path] if mask_path else []))
+    masks = MaskFolder(mask_path, found, roots)
     try:
         rows = list(_csv_rows(path, found) if path.suffix.lower() == ".csv" else _json_rows(path, found))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
@@ -64,7 +66,7 @@ def read_table(path: Path, *, mask_path: Path | None = None, memo: DigestMemo | 
     if unused:
         found.notes.append(f"{path}: columns not used: {printable(', '.join(unused))}")
     for where, row in rows:
-        record = _TableRow(path.parent, where, row, columns, found, memo, masks).record()
+        record = _TableRow(path.parent, where, row, columns, found, memo, masks, roots).record()
         if record is not None:
             found.records.append(record)
     if not rows and not found.problems:
@@ -84,6 +86,7 @@ class _TableRow:
     found: Found
     memo: DigestMemo | None
     masks: MaskFolder
+    roots: Sequence[Path]  # where links may lead
 
     def record(self) -> SampleRecord | None:
         """The row's sample; None where it has no usable target."""
@@ -171,7 +174,7 @@ class _TableRow:
                 f"{self.where}: {column}: found {printable(name)}, a name that cannot be printed; rename the file"
             )
             return None
-        if not is_inside(path, (self.folder,)):
+        if not is_inside(path, self.roots):
             self.found.problems.append(f"{self.where}: {column}: {link_problem(path)}")
             return None
         return ImageRef.from_path(path, memo=self.memo)
@@ -184,7 +187,7 @@ class _TableRow:
 def _csv_rows(path: Path, found: Found) -> Iterable[tuple[str, Row]]:
     """``("file:line", row)`` of a CSV; empty lines are left out, lines of another length become problems."""
     with path.open("rb") as stream:
-        reader = csv.reader(_lines(stream))
+        reader = csv.reader(_lines(stream, ""))
         header = [name.strip() for name in next(reader, [])]
         twice = sorted({name for name in header if header.count(name) > 1})
         if twice:
@@ -205,29 +208,40 @@ def _csv_rows(path: Path, found: Found) -> Iterable[tuple[str, Row]]:
 def _json_rows(path: Path, found: Found) -> Iterable[tuple[str, Row]]:
     """``("file:line", row)`` of a JSONL file; lines that are no object become problems."""
     with path.open("rb") as stream:
-        for number, line in enumerate(_lines(stream), 1):
+        for number, line in enumerate(_lines(stream, "\n"), 1):
             if not line.strip():
                 continue
-            parsed: Any = None
-            with suppress(ValueError):
-                parsed = strict_loads(line.encode())
-            if isinstance(parsed, dict):
-                yield f"{path}:{number}", parsed
+            parsed, reason = _object(line)
+            if parsed is None:
+                found.problems.append(f"{path}:{number}: found no JSON object{reason}; write one object a line")
             else:
-                found.problems.append(f"{path}:{number}: found no JSON object; write one object a line")
+                yield f"{path}:{number}", parsed
 
 
-def _lines(stream: BinaryIO) -> Iterator[str]:
-    """The lines of a UTF-8 file, cut at line feeds only: other separators may stand inside a text."""
-    total, first = 0, True
-    while line := stream.readline(_LINE_LIMIT + 1):
+def _object(line: str) -> tuple[dict[str, Any] | None, str]:
+    """``(the object, "")`` of a line, or None and why there is none, as far as that can be told."""
+    try:
+        parsed = strict_loads(line.encode())
+    except json.JSONDecodeError as error:
+        return None, f" ({error.msg} at column {error.colno})"
+    except ValueError as error:
+        return None, f" ({printable(error)})"
+    return (parsed if isinstance(parsed, dict) else None), ""
+
+
+def _lines(stream: BinaryIO, newline: str) -> Iterator[str]:
+    """The lines of a UTF-8 file, cut behind ``newline``, or behind LF, CR LF and CR where it is empty.
+
+    Other separators may stand inside a text.
+    """
+    total, text = 0, io.TextIOWrapper(stream, "utf-8-sig", newline=newline)
+    while line := text.readline(_LINE_LIMIT + 1):
         total += len(line)
         if len(line) > _LINE_LIMIT:
             raise _TooLong(f"found a line of more than {_LINE_LIMIT} bytes")
         if total > _TABLE_LIMIT:
             raise _TooLong(f"found a table of more than {_TABLE_LIMIT} bytes")
-        yield line.decode("utf-8-sig" if first else "utf-8")
-        first = False
+        yield line
 
 
 def _is_file(path: Path) -> bool:

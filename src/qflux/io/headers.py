@@ -70,10 +70,12 @@ def is_pickle(path: Path | str) -> bool:
     """Whether a file is a pickle, or an archive of pickles, by its first bytes, or by its name where it has none."""
     try:
         with open(path, "rb") as handle:
-            start = handle.read(6)
+            start = handle.read(8)
     except OSError:
         start = b""
-    known = start[:4] == b"PK\x03\x04" or start == b"\x93NUMPY" or (start[:1] == b"\x80" and start[1:2] in b"\2\3\4\5")
+    # Behind a pickle's protocol comes a command, none of which is a zero; behind a header's length come zeros.
+    pickled = len(start) > 2 and start[0] == 0x80 and start[1] in (2, 3, 4, 5) and start[2] != 0
+    known = pickled or start.startswith((b"PK\x03\x04", b"\x93NUMPY"))
     return known or (Path(path).suffix.lower() in PICKLE_SUFFIXES)
 
 

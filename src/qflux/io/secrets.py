@@ -17,17 +17,28 @@ from typing import Any
 
 HIDDEN = "***"
 ADVICE = "remove it; tokens and passwords come from the environment (HF_TOKEN) or a login (`hf auth login`)"
-_SHORTEST, _SURE = 8, 16  # letters: a shorter value of a variable, or one of letters alone, may be any word
+_SHORTEST, _SURE = 8, 16  # a shorter value of a variable, or one of letters or digits alone, may be any word
 _NAME = r"(?:token|api[_-]?key|access[_-]?key|secret(?:[_-]?key)?|passw(?:or)?d|passphrase)"
-_VARIABLE = re.compile(rf"(?:.*_)?{_NAME}", re.IGNORECASE)
+_VARIABLE = re.compile(rf".*{_NAME}|.+_(?:key|pat|pwd)", re.IGNORECASE)
+# Names of data sets and adapters begin with sk- too: keys have a long run without dashes, of letters and digits.
+_RUN = r"(?=[A-Za-z0-9]*\d)(?=[A-Za-z0-9]*[A-Z])[A-Za-z0-9]{20,}"
+_DASHED = r"(?=[\w-]{0,200}\d)(?=[\w-]{0,200}[A-Z])[\w-]{40,}"
+_PLAIN = rf"(?:{_RUN}|[0-9a-f]{{32,}})"
+_SK = rf"sk-(?:(?:proj-|svcacct-|admin-|ant-[a-z0-9]+-|or-v1-)(?:{_DASHED}|{_PLAIN})|{_PLAIN})"
 _TOKEN = re.compile(
     r"\b(?:hf_[A-Za-z0-9]{20,}|api_org_[A-Za-z0-9]{20,}|gh[opsur]_[A-Za-z0-9]{30,}|github_pat_\w{30,}"
-    r"|sk-[A-Za-z0-9_-]{20,}|wandb_v1_\w{20,}|AKIA[0-9A-Z]{16}|xox[abprs]-[A-Za-z0-9-]{10,})\b"
+    r"|wandb_v1_\w{20,}|AKIA[0-9A-Z]{16}|xox[abprs]-[A-Za-z0-9-]{10,})\b"
+    rf"|\b{_SK}(?![A-Za-z0-9])"
 )
 # A path that was made of an address has lost a slash; a drive's letter is no scheme.
 _ADDRESS = re.compile(r"(?P<front>\b[A-Za-z][A-Za-z0-9+.-]+:/{1,3})(?P<user>[^\s/'\"<>]*)@")
 _QUERY = re.compile(rf"[?&][\w-]*{_NAME}=", re.IGNORECASE)
-_NAMED = re.compile(rf"(?P<front>(?:\b|_){_NAME}=|--[\w-]*{_NAME}[= ]['\"]?)(?P<value>[^\s&;,'\"]+)", re.IGNORECASE)
+_VALUE = r"[^\s&;,'\"]"
+_NAMED = re.compile(
+    rf"(?P<front>[?&][\w-]*{_NAME}=|--[\w-]*{_NAME}[= ]['\"]?){_VALUE}+"
+    rf"|(?P<bare>(?:\b|_){_NAME}=)(?!-?[\d.]+(?!{_VALUE})){_VALUE}{{{_SHORTEST},}}",  # max_token=512 is a setting
+    re.IGNORECASE,
+)
 
 
 @lru_cache(maxsize=4096)
@@ -56,17 +67,18 @@ def redact(text: str) -> str:
         text = text.replace(value, HIDDEN)
     text = _TOKEN.sub(HIDDEN, text)
     text = _ADDRESS.sub(rf"\g<front>{HIDDEN}@", text)
-    return _NAMED.sub(rf"\g<front>{HIDDEN}", text)
+    return _NAMED.sub(lambda found: f"{found['front'] or found['bare']}{HIDDEN}", text)
 
 
 def _variables() -> Iterator[tuple[str, str]]:
-    """Name and value of variables that hold a secret; of an address its password."""
+    """Name and value of variables that hold a secret, not the path of a file with it; of an address its password."""
     for name, value in os.environ.items():
         if "@" in value and (found := _ADDRESS.search(value)):
             value = found["user"].partition(":")[2]
         elif not is_secret_name(name):
             continue
-        if len(value) >= (_SURE if value.isalpha() else _SHORTEST):
+        plain = value.isalpha() or value.isdigit()
+        if len(value) >= (_SURE if plain else _SHORTEST) and not (os.path.isabs(value) and os.path.exists(value)):
             yield name, value
 
 

@@ -40,6 +40,14 @@ _DTYPES = {code: dtype for dtype, code in _CODES.items()}
 _CHUNK = 64 << 20
 
 
+def non_finite(tensor: Tensor) -> int:
+    """How many values of a tensor, of whatever dtype, are not finite."""
+    if not (tensor.is_floating_point() or tensor.is_complex()):
+        return 0
+    finite = (tensor.float() if tensor.element_size() == 1 else tensor).isfinite()  # 8-bit floats have no isfinite
+    return 0 if bool(finite.all()) else int((~finite).sum())
+
+
 def _layout(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None) -> tuple[bytes, list[str]]:
     """The length-prefixed header and the names in the order of their bytes."""
     table: dict[str, object] = {}

@@ -33,8 +33,10 @@ _TENSOR = re.compile(
     r"|lora_magnitude_vector(?:\.default)?(?:\.weight)?)"
 )
 _PEFT = "base_model.model."
-_FRONTS = (_PEFT, "model.", "diffusion_model.", "transformer.", "unet.", "lora_unet_", "lora_transformer_")
-_ELSEWHERE = ("lora_te", "text_encoder")  # a file's adapters of other components than the denoiser
+_FRONTS = (_PEFT, "model.", "diffusion_model.", "transformer.", "unet.", "lora_unet_", "lora_transformer_", "lycoris_")
+_ELSEWHERE = ("lora_te", "text_encoder", "bundle_emb.", "conditioner.")  # of other components than the denoiser
+# A string, cut or whole, of a JSON text, or one of the words that Python's writers put where JSON has no number.
+_WORDS = re.compile(r'"(?:[^"\\]|\\.)*(?:"|$)|NaN|-?Infinity', re.DOTALL)
 _OTHER_KINDS = ("dora_scale", "lokr_w", "hada_w", "diff", "lora_mid")
 
 
@@ -254,7 +256,8 @@ def _settings(path: Path, metadata: Mapping[str, str], names: Iterable[str], den
     """The LoRA config that came with a file: its metadata, or PEFT's file beside PEFT's tensors; empty if neither."""
     beside, front = path.with_name("adapter_config.json"), f"{denoiser}."
     if METADATA_KEY in metadata:
-        raw = strict_loads(metadata[METADATA_KEY].encode())
+        text = _WORDS.sub(lambda word: word[0] if word[0][0] == '"' else "null", metadata[METADATA_KEY])
+        raw = strict_loads(text.encode())
         return {key.removeprefix(front): value for key, value in raw.items() if key.startswith(front)}
     if any(name.startswith(_PEFT) for name in names) and beside.is_file():
         return dict(strict_read(beside).items())

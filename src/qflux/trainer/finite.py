@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from qflux.errors import RunStopped
 from qflux.io.progress import say
+from qflux.io.tensors import non_finite
 from qflux.types import Batch
 
 if TYPE_CHECKING:
@@ -60,10 +62,7 @@ def refuse_non_finite(files: Files, step: int) -> None:
     groups = {"weights": files.users, "training weights": files.raw, "averaged weights": files.averaged or {}}
     groups |= {f"{name} state": dict(_tensors(tree, name)) for name, tree in files.trees.items()}
     bad = [
-        f"{group} {name}"
-        for group, tensors in groups.items()
-        for name, tensor in tensors.items()
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all())
+        f"{group} {name}" for group, tensors in groups.items() for name, tensor in tensors.items() if non_finite(tensor)
     ]
     if bad:
         raise RunStopped(
@@ -73,9 +72,14 @@ def refuse_non_finite(files: Files, step: int) -> None:
 
 
 def _tensors(tree: Any, name: str) -> Iterator[tuple[str, Tensor]]:
-    """The tensors in a tree of dicts and lists, by dotted names."""
+    """The tensors in a tree of dicts and lists, by dotted names, and plain numbers that are NaN.
+
+    Infinite numbers are limits, and ``lr`` is set anew before each step.
+    """
     if isinstance(tree, Tensor):
         yield name, tree
+    elif isinstance(tree, float) and math.isnan(tree) and not name.endswith(".lr"):
+        yield name, torch.tensor(tree)
     elif isinstance(tree, Mapping | list | tuple):
         for key, value in tree.items() if isinstance(tree, Mapping) else enumerate(tree):
             yield from _tensors(value, f"{name}.{key}")
