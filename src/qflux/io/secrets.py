@@ -31,11 +31,11 @@ _TOKEN = re.compile(
     rf"|\b{_SK}(?![A-Za-z0-9])"
 )
 # A path that was made of an address has lost a slash; a drive's letter is no scheme.
-_ADDRESS = re.compile(r"(?P<front>\b[A-Za-z][A-Za-z0-9+.-]+:/{1,3})(?P<user>[^\s/'\"<>]*)@")
-_QUERY = re.compile(rf"[?&][\w-]*{_NAME}=", re.IGNORECASE)
+_ADDRESS = re.compile(r"(?P<front>\b[A-Za-z][A-Za-z0-9+.-]{1,40}:/{1,3})(?P<user>[^\s/'\"<>]*)@")
+_QUERY = re.compile(rf"[?&][\w-]{{0,40}}{_NAME}=", re.IGNORECASE)
 _VALUE = r"[^\s&;,'\"]"
 _NAMED = re.compile(
-    rf"(?P<front>[?&][\w-]*{_NAME}=|--[\w-]*{_NAME}[= ]['\"]?){_VALUE}+"
+    rf"(?P<front>[?&][\w-]{{0,40}}{_NAME}=|--[\w-]{{0,40}}{_NAME}[= ]['\"]?){_VALUE}+"
     rf"|(?P<bare>(?:\b|_){_NAME}=)(?!-?[\d.]+(?!{_VALUE})){_VALUE}{{{_SHORTEST},}}",  # max_token=512 is a setting
     re.IGNORECASE,
 )
