@@ -68,8 +68,8 @@ def bombs() -> Iterator[Case]:
     yield Case("packed-rgb", {"a.png": bomb(6_000, 6_000, 8, 2)}, BOMB)
     yield Case("packed-rgba", {"a.png": bomb(6_000, 6_000, 8, 6)}, BOMB)
     for number in range(3):  # as large as next to nothing on the disk may be: decoded, and the memory holds
-        yield Case(f"just-no-bomb{number}", {"a.png": bomb(5_700, 5_700, 8, 6)})
-        yield Case(f"just-no-bomb-deep{number}", {"a.png": bomb(5_700, 5_700, 16, 0)})
+        yield Case(f"just-no-bomb{number}", {"a.png": bomb(5_000, 5_000, 8, 6)})
+        yield Case(f"just-no-bomb-deep{number}", {"a.png": bomb(5_000, 5_000, 16, 0)})
     flat = Image.new("RGB", (16_383, 2_100))
     yield Case("packed-webp", {"a.webp": encoded(flat, "WEBP", lossless=True, method=0)}, BOMB)
     yield from texts()

@@ -40,7 +40,7 @@ def _no_rotation_later() -> None:
     """A run that goes on does not make up for a rotation."""
     from qflux.runtime import run_folder
 
-    run_folder.rotate = lambda folder, step, limit: None
+    run_folder.rotate = lambda folder, step, limit, keep: None
 
 
 def _always_anew() -> None:

@@ -140,8 +140,8 @@ def test_a_run_prints_only_our_lines(project: Project) -> None:
     assert done.foreign == []
     assert list(project.newest().rglob("events.out.tfevents.*"))
     shown = done.out.splitlines()
-    assert [line.partition(":")[0] for line in shown[:2]] == ["plan", "plan"]
-    assert shown[2] == f"run folder {project.newest()}"
+    assert [line.partition(":")[0] for line in shown[:3]] == ["FluxKontext", "plan", "plan"]
+    assert shown[3] == f"run folder {project.newest()}"
     assert [line for line in shown if line.startswith("training 4/4")]
     assert shown[-1] == f"report {project.newest()}/report.html"
 

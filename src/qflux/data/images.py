@@ -11,6 +11,7 @@ count as 0.
 from __future__ import annotations
 
 import functools
+import gc
 import io
 import threading
 import warnings
@@ -37,7 +38,7 @@ Colour = tuple[int, int, int]
 MAX_PIXELS = 178_956_970  # half a gigabyte as RGB; larger headers are taken for decompression bombs
 MAX_BYTES = 1 << 28  # of a file
 _PACKING = 100  # pixels a byte of its file: more is a flat picture, such as a mask, or a decompression bomb
-_FLAT, _ALONE = 1 << 25, 1 << 24  # pixels of a flat picture at most; above so many one is decoded at a time
+_FLAT, _ALONE = 25_000_000, 1 << 24  # pixels of a flat picture at most; above so many one is decoded at a time
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
 OTHER_SUFFIXES = frozenset({".gif", ".tif", ".tiff", ".heic", ".heif", ".avif", ".jxl", ".jp2", ".psd", ".svg", ".exr"})
@@ -211,8 +212,16 @@ def _opened(ref: ImageRef, data: bytes | None = None) -> Iterator[Image.Image]:
                 raise UserError(
                     f"{ref.label}: found an animation of {frames}, expected a still picture; save one frame as png"
                 )
-            with _one_at_a_time if flat and data is not None and width * height > _ALONE else nullcontext():
+            with _alone() if flat and data is not None and width * height > _ALONE else nullcontext():
                 yield image
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """One large picture at a time, when the memory of those before is free: Pillow's are in cycles."""
+    with _one_at_a_time:
+        gc.collect()
+        yield
 
 
 def _open(source: IO[bytes] | Path) -> Image.Image:
