@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 DONE, BUG, USER, STOPPED, NO_SPACE, LOCKED = 0, 1, 2, 3, 74, 75
 
 
@@ -47,9 +49,14 @@ class Interrupted(QfluxError):
         super().__init__(text or f"interrupted by signal {signal_number}")
 
 
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """An error, what it was raised from or while, and so on."""
+    found: BaseException | None = error
+    while found is not None:
+        yield found
+        found = found.__cause__ or found.__context__
+
+
 def interruption(error: BaseException) -> Interrupted | None:
     """The signal behind an error: libraries wrap what a signal's handler raises while they import."""
-    found: BaseException | None = error
-    while found is not None and not isinstance(found, Interrupted):
-        found = found.__cause__ or found.__context__
-    return found
+    return next((each for each in causes(error) if isinstance(each, Interrupted)), None)

@@ -222,10 +222,11 @@ def run(args: argparse.Namespace, stop: StopSignal) -> int:
     problems = stored_problems(config, trainer_class.family, folder)
     if problems:
         raise UserError(*problems)
+    planned = None
     if not (args.cache or args.sample):
         from qflux.tools.plan_start import check_plan
 
-        check_plan(config, trainer_class, datasets, folder)
+        planned = check_plan(config, trainer_class, datasets, folder)
     import torch
 
     dtype = torch_dtype(config.train.mixed_precision if config.model.lora is not None else "no")
@@ -241,7 +242,7 @@ def run(args: argparse.Namespace, stop: StopSignal) -> int:
     if not args.sample:
         from qflux.tools.disk_need import check_disk
 
-        check_disk(trainer, datasets, training=not args.cache, resume=args.resume)
+        check_disk(trainer, datasets, training=not args.cache, resume=args.resume, plan=planned)
     if args.cache:
         trainer.cache(stop)
     elif args.sample:

@@ -21,7 +21,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from qflux.errors import NoSpace, QfluxError, RunStopped
+from qflux.errors import NoSpace, QfluxError, RunStopped, causes
 from qflux.io.faults import reach
 
 TEMP_PREFIX = ".qflux-tmp-"
@@ -68,13 +68,11 @@ def _fsync_file(path: Path) -> None:
 
 def is_no_space(error: BaseException) -> bool:
     """Whether an error, or what caused it, is a full disk; writers outside Python report it in words only."""
-    seen: BaseException | None = error
-    while seen is not None:
+    for seen in causes(error):
         if isinstance(seen, OSError) and seen.errno in _NO_SPACE:
             return True
         if "os error 28" in str(seen) or "No space left on device" in str(seen):
             return True
-        seen = seen.__cause__ or seen.__context__
     return False
 
 

@@ -7,7 +7,6 @@ it, and it is read back before older ones go. The bytes are a function of what i
 from __future__ import annotations
 
 import dataclasses
-import errno
 import os
 import re
 import shutil
@@ -67,7 +66,7 @@ def save_checkpoint(
         reach("manifest.after")
         _publish(staged, final)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if not atomic.is_no_space(error):
             raise
         raise NoSpace(f"{final}: no space left; {shutil.disk_usage(run_dir).free} bytes are free") from error
     finally:

@@ -53,12 +53,18 @@ class Start:
 
 
 def check_disk(
-    trainer: BaseTrainer, datasets: Sequence[EditDataset], *, training: bool, resume: str | None = None
+    trainer: BaseTrainer,
+    datasets: Sequence[EditDataset],
+    *,
+    training: bool,
+    resume: str | None = None,
+    plan: Plan | None = None,
 ) -> None:
     """Refuse a run whose disks cannot take what it will write, or whose folders cannot be written to.
 
     training  else only the cache is made
     resume    as on the command line: what the run continued has written already is not needed again
+    plan      of the run, where it is made already
 
     Raises NoSpace, a line a disk with need and free space, and UserError, a line a folder. What nothing describes (the
     cache of a family without data, a model that cannot be planned) is not counted.
@@ -67,7 +73,8 @@ def check_disk(
     start = _start(config, resume) if training else Start()
     fills = config.cache.on_missing == "fill" and config.cache.use_cache if training else True
     there, lacking = _cached(trainer, datasets) if fills else (0, 0)
-    short = shortages(_parts(trainer, datasets, start, training, there, lacking))
+    plan = plan or _planned(trainer, datasets)
+    short = [] if plan is None else shortages(_parts(plan, start, training, there, lacking))
     if short:
         raise NoSpace("\n".join(short))
     folders = {_OUTPUT: _project(config)} if training else {}
@@ -96,14 +103,15 @@ def shortages(parts: Sequence[Part]) -> list[str]:
     return lines
 
 
-def _parts(
-    trainer: BaseTrainer, datasets: Sequence[EditDataset], start: Start, training: bool, there: int, lacking: int
-) -> list[Part]:
-    config = trainer.config
+def _planned(trainer: BaseTrainer, datasets: Sequence[EditDataset]) -> Plan | None:
     try:
-        plan = make_plan(config, type(trainer), datasets=datasets, model=trainer.folder, devices=())
-    except UserError:  # the plan at the start has said why
-        return []
+        return make_plan(trainer.config, type(trainer), datasets=datasets, model=trainer.folder, devices=())
+    except UserError:  # nothing describes the model
+        return None
+
+
+def _parts(plan: Plan, start: Start, training: bool, there: int, lacking: int) -> list[Part]:
+    config = plan.config
     parts, planned = [], plan.disk.cache
     if lacking and planned is not None and planned.total is not None:
         prompts = len(config.logging.validation.samples) * planned.sample

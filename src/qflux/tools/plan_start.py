@@ -15,7 +15,7 @@ from qflux.errors import UserError
 from qflux.io.progress import say
 from qflux.models.memory_rules import CONTEXT, stage_room, usable
 from qflux.parallel.split_plan import SplitDevice, SplitPlan
-from qflux.tools.plan import make_plan
+from qflux.tools.plan import Plan, make_plan
 from qflux.tools.plan_setup import setup_of
 from qflux.tools.plan_split import plan_of
 
@@ -23,33 +23,36 @@ if TYPE_CHECKING:
     from qflux.trainer.base_trainer import BaseTrainer
 
 
-def check_plan(config: Config, trainer_class: type[BaseTrainer], datasets: Sequence[EditDataset], folder: Path) -> None:
-    """Say what the run will take; UserError, one line a phase, where its device cannot hold it.
+def check_plan(
+    config: Config, trainer_class: type[BaseTrainer], datasets: Sequence[EditDataset], folder: Path
+) -> Plan | None:
+    """Say what the run will take, and return it; UserError, one line a phase, where its device cannot hold it.
 
     datasets  the training set and, where there is one, the held-out set
     folder    the model's, for a model that no data describes
 
     Of a network that is split each phase counts on the device that it fills most. A plan by a rule of thumb only warns;
-    what cannot be planned at all is not checked.
+    what cannot be planned at all is not checked, and None.
     """
     devices = _split_devices(config)
     try:
         plan = make_plan(config, trainer_class, datasets=datasets, model=folder, devices=devices)
     except UserError as error:
         say(f"plan: none, {error.problems[0]}")
-        return
+        return None
     if plan.problems and not devices:
         raise UserError(*plan.problems)
     for line in plan.summary():
         say(line)
     if not devices and _in_shards():
         say("plan: that is one device with the whole network; spread over several each takes less")
-        return
+        return plan
     refused = plan.refusal(None if devices else memory_to_fit(config.train.memory_limit))
     if plan.problems or (refused and not plan.rough):
         raise UserError(*plan.problems, *refused)
     for line in refused:
         say(f"plan: by a rule of thumb, {line}")
+    return plan
 
 
 def _split_devices(config: Config) -> list[SplitDevice]:
