@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import tiny_project
+from real_models import GIB, REAL, SCHEMA
 
 from qflux.config import Config, load_config
 from qflux.config_values import memory_bytes
@@ -22,17 +23,6 @@ from qflux.tools.plan_ladder import advise, fits
 from qflux.tools.plan_setup import Setup, setup_of
 
 ROOT = Path(__file__).resolve().parents[2]
-SCHEMA = json.loads((ROOT / "docs/schemas/plan.schema.json").read_text())
-GIB = 1 << 30
-REAL = {
-    "FluxKontext": "black-forest-labs/FLUX.1-Kontext-dev",
-    "Flux": "black-forest-labs/FLUX.1-dev",
-    "Flux2": "black-forest-labs/FLUX.2-dev",
-    "Flux2Klein": "black-forest-labs/FLUX.2-klein-base-4B",
-    "QwenImage": "Qwen/Qwen-Image",
-    "QwenImageEdit": "Qwen/Qwen-Image-Edit",
-    "QwenImageEditPlus": "Qwen/Qwen-Image-Edit-2511",
-}
 
 
 def config_of(trainer="FluxKontext", model=None, **changes):

@@ -12,6 +12,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from real_models import DEV, EDIT, KLEIN, KONTEXT, PLUS, TRAINERS, known, layouts
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -19,25 +20,12 @@ from torch.utils._pytree import tree_leaves
 from qflux.config import Config, LoraConfig
 from qflux.models import activations
 from qflux.models.adapters import add_adapter
-from qflux.models.structures import family_data, meta_transformer, structures
+from qflux.models.structures import family_data, meta_transformer
 from qflux.tools.plan_activations import MODES, Computing, Network, Tokens, section, width
-from qflux.tools.plan_memory import adapted_linears, known_layouts
-from qflux.trainer.flux2_trainer import Flux2KleinTrainer, Flux2Trainer
+from qflux.tools.plan_memory import adapted_linears
 from qflux.trainer.flux_kontext_trainer import FluxKontextTrainer
-from qflux.trainer.qwen_image_edit_plus_trainer import QwenImageEditPlusTrainer
-from qflux.trainer.qwen_image_edit_trainer import QwenImageEditTrainer
 from qflux.types import Batch, Noised, Resize, SizePlan
 
-BFL, QWEN = "black-forest-labs/", "Qwen/"
-KONTEXT, DEV, KLEIN = BFL + "FLUX.1-Kontext-dev", BFL + "FLUX.2-dev", BFL + "FLUX.2-klein-base-4B"
-EDIT, PLUS = QWEN + "Qwen-Image-Edit", QWEN + "Qwen-Image-Edit-2511"
-TRAINERS = {
-    KONTEXT: FluxKontextTrainer,
-    DEV: Flux2Trainer,
-    KLEIN: Flux2KleinTrainer,
-    EDIT: QwenImageEditTrainer,
-    PLUS: QwenImageEditPlusTrainer,
-}
 HALF = torch.bfloat16
 
 
@@ -103,16 +91,6 @@ class Live(TorchDispatchMode):
         self.now = sum(nbytes for _, nbytes in self.alive.values())
         self.peak = max(self.peak, self.now)
         return out
-
-
-@functools.cache
-def known(hub):
-    return structures(family_data(TRAINERS[hub]))[hub]
-
-
-@functools.cache
-def layouts(hub):
-    return known_layouts(family_data(TRAINERS[hub]), hub)
 
 
 @functools.cache

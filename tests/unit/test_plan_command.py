@@ -14,6 +14,7 @@ import jsonschema
 import pytest
 import tiny_project
 import torch
+from real_models import GIB, SCHEMA
 
 from qflux.config import load_config
 from qflux.data.dataset import open_dataset
@@ -31,8 +32,6 @@ from qflux.types import EncodeStage, Family
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
-SCHEMA = json.loads((ROOT / "docs/schemas/plan.schema.json").read_text())
-GIB = 1 << 30
 MODEL = "model.pretrained_model_name_or_path"
 
 

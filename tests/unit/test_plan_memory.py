@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from real_models import DEV, EDIT, KLEIN, KONTEXT, TRAINERS, known, layouts
 
 from qflux.config import Config, LoraConfig, OptimizerConfig
 from qflux.demo import DEMOS
@@ -36,24 +37,9 @@ from qflux.tools.plan_memory import (
     weight_bytes,
 )
 from qflux.trainer.flux2_trainer import Flux2KleinTrainer, Flux2Trainer
-from qflux.trainer.flux_kontext_trainer import FluxKontextTrainer, FluxTrainer
-from qflux.trainer.qwen_image_edit_plus_trainer import QwenImageEditPlusTrainer
-from qflux.trainer.qwen_image_edit_trainer import QwenImageEditTrainer
-from qflux.trainer.qwen_image_trainer import QwenImageTrainer
+from qflux.trainer.flux_kontext_trainer import FluxTrainer
 
 ROOT = Path(__file__).resolve().parents[2]
-BFL, QWEN = "black-forest-labs/", "Qwen/"
-TRAINERS = {
-    BFL + "FLUX.1-dev": FluxTrainer,
-    BFL + "FLUX.1-schnell": FluxTrainer,
-    BFL + "FLUX.1-Kontext-dev": FluxKontextTrainer,
-    BFL + "FLUX.2-dev": Flux2Trainer,
-    BFL + "FLUX.2-klein-9B": Flux2KleinTrainer,
-    BFL + "FLUX.2-klein-base-4B": Flux2KleinTrainer,
-    QWEN + "Qwen-Image": QwenImageTrainer,
-    QWEN + "Qwen-Image-Edit": QwenImageEditTrainer,
-    QWEN + "Qwen-Image-Edit-2511": QwenImageEditPlusTrainer,
-}
 PARAMETERS = {
     "FLUX.1-dev": 11_901_408_320,
     "FLUX.1-schnell": 11_891_178_560,
@@ -65,18 +51,6 @@ PARAMETERS = {
     "Qwen-Image-Edit": 20_430_401_088,
     "Qwen-Image-Edit-2511": 20_430_401_088,
 }
-KONTEXT, DEV, KLEIN = BFL + "FLUX.1-Kontext-dev", BFL + "FLUX.2-dev", BFL + "FLUX.2-klein-base-4B"
-EDIT = QWEN + "Qwen-Image-Edit"
-
-
-@functools.cache
-def known(hub):
-    return structures(family_data(TRAINERS[hub]))[hub]
-
-
-@functools.cache
-def layouts(hub):
-    return known_layouts(family_data(TRAINERS[hub]), hub)
 
 
 @functools.cache

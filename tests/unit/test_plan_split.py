@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from real_models import GIB, REAL, SCHEMA
 
 from qflux.config import Config
 from qflux.errors import UserError
@@ -19,15 +20,7 @@ from qflux.tools.plan import make_plan, planned_problems
 from qflux.tools.plan_start import split_planner
 from qflux.tools.plan_text import size
 
-ROOT = Path(__file__).resolve().parents[2]
-SCHEMA = json.loads((ROOT / "docs/schemas/plan.schema.json").read_text())
-GIB = 1 << 30
-REAL = {
-    "FluxKontext": "black-forest-labs/FLUX.1-Kontext-dev",
-    "Flux2": "black-forest-labs/FLUX.2-dev",
-    "Flux2Klein": "black-forest-labs/FLUX.2-klein-base-4B",
-    "QwenImageEditPlus": "Qwen/Qwen-Image-Edit-2511",
-}
+MODELS = ("FluxKontext", "Flux2", "Flux2Klein", "QwenImageEditPlus")
 SPLIT = {"split_model_over_gpus": True}
 
 
@@ -65,7 +58,7 @@ CHANGES = [
 ]
 
 
-@pytest.mark.parametrize("trainer", REAL)
+@pytest.mark.parametrize("trainer", MODELS)
 @pytest.mark.parametrize("changes", CHANGES, ids=str)
 def test_on_one_device_every_phase_is_that_of_the_whole_network(trainer, changes):
     found = plan_of(trainer, **changes, devices=[SplitDevice("cuda:0")])
@@ -269,7 +262,7 @@ def test_cards_of_the_last_rung_are_planned_as_a_split_is():
     assert found.split is None
 
 
-@pytest.mark.parametrize("trainer", REAL)
+@pytest.mark.parametrize("trainer", MODELS)
 def test_over_two_devices_nothing_is_lost(trainer):
     found = plan_of(trainer, SPLIT)
     (one,) = plan_of(trainer, SPLIT, devices=[SplitDevice("cuda:0")]).split.loads
