@@ -9,10 +9,12 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -22,6 +24,8 @@ from typing import Any
 import pytest
 from faults.zygote import MODULES, PREPARE, Child, Zygote
 from tiny_project import Data, Project
+
+from qflux.io import faults
 
 LARGE = 32 << 20  # bytes of a disk that nothing fills
 PRIVATE = ("unshare", "-rm")
@@ -88,6 +92,12 @@ class Forked:
         if self.private:
             self._zygote.command("mount", "-t", "tmpfs", "-o", ",".join([f"size={size}", *options]), "none", place)
 
+    def unmount(self, place: Path) -> None:
+        """Remove a disk and what is on it."""
+        if self.private:
+            self._zygote.command("umount", place)
+        shutil.rmtree(place)
+
     def command(self, *words: object) -> None:
         """A command where the children run."""
         self._zygote.command(*words)
@@ -102,13 +112,18 @@ class Forked:
 
 
 class Runs:
-    """Runs of one project, each with all that it writes in a folder of its own, and one that nothing disturbs."""
+    """Runs of one project, each with all that it writes in a folder of its own, and one that nothing disturbs.
+
+    ``arrivals`` is how often the undisturbed one, which also fills its cache, came to each named point.
+    """
 
     def __init__(self, forked: Forked, folder: Path, words: Sequence[object]) -> None:
         self.forked, self.folder, self.words = forked, folder, [*words]
         self.straight = self.new("straight", cached=False)
-        done = self.run(self.straight)
+        counts = folder / "arrivals"
+        done = self.run(self.straight, env={faults.COUNTS: str(counts)})
         assert done.code == 0, done.said
+        self.arrivals = Counter(counts.read_text().split())
 
     def new(self, name: str, size: int = LARGE, cached: bool = True) -> Path:
         """A new disk, with the cache of the undisturbed run on it."""
@@ -126,6 +141,17 @@ class Runs:
     def seen(self, disk: Path) -> Path:
         """The disk as the test finds it."""
         return self.forked.seen(disk)
+
+    def anywhere(self, chance: random.Random) -> tuple[str, int]:
+        """(a point that a run without a cache comes to, which of its arrivals there)."""
+        point = chance.choice(sorted(self.arrivals))
+        return point, chance.randint(1, self.arrivals[point])
+
+
+def at_point(point: str, arrival: int, hurt: Callable[[], object]) -> None:
+    """In a child: that is what happens at that arrival, in place of what ``QFLUX_FAULT`` knows."""
+    faults._hurt = lambda kind: hurt()
+    os.environ[faults.FAULT] = f"{point}:{arrival}"
 
 
 @pytest.fixture(scope="session")

@@ -4,9 +4,18 @@ processes  one of two processes is killed, stopped, signalled or raises: a row f
 kills      SIGKILLs over check, cache, train and sample, at random times and at every named point
 configs    fuzzed configs, and every one-edit typo of every key
 memory     so many tiny steps with saves and samples: memory, files and threads must not grow
+damage     cache entries with flipped bits, cut, zeroed or swapped
+writers    SIGKILLs of four writers of one cache
+disk       a disk that fills up at a random place
+signals    SIGTERM and SIGINT at random places
+resumed    runs resumed, against runs that never stopped; there are 288 cases
+values     NaN and infinity at random places and steps
+sampling   failures of random kinds while a run draws
+media      damaged pictures
+hostile    damaged files of strangers
 
 Without a section all of them, one after another. Ends with 1 where anything was wrong. The same seed plants the same
-faults; where they hit is up to the machine.
+faults; where they hit is up to the machine. From ``damage`` on the sections are tests of the suite.
 """
 
 from __future__ import annotations
@@ -14,14 +23,17 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import re
 import statistics
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+TESTS = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(TESTS))
 # Before torch and the hub's client are imported; the runs inherit them.
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TRANSFORMERS_OFFLINE="1", WANDB_MODE="offline")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -76,12 +88,39 @@ def imported(name: str) -> Callable[[int, int], str]:
     return lambda trials, seed: importlib.import_module(f"faults.{name}").soak(trials, seed)
 
 
+def suite(file: str, *names: str) -> Callable[[int, int], str]:
+    """Tests of the suite, with so many trials."""
+
+    def run(trials: int, seed: int) -> str:
+        from faults import amounts
+
+        chosen = [f"{TESTS / 'faults' / file}::{name}" for name in names]
+        environment = {**os.environ, amounts.TRIALS: str(trials), amounts.SEED: str(seed)}
+        with tempfile.TemporaryDirectory(prefix="qflux-soak-", ignore_cleanup_errors=True) as folder:
+            words = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", f"--basetemp={folder}/tests", *chosen]
+            done = subprocess.Popen(words, env=environment, cwd=TESTS.parent, stdout=subprocess.PIPE, text=True)
+            assert done.stdout is not None
+            lines = []
+            for line in done.stdout:
+                lines.append(line)
+                print(line, end="", flush=True)
+        assert done.wait() == 0, f"{' '.join(names)} ended with {done.returncode}"
+        return next((line.strip() for line in reversed(lines) if re.search(r"\d passed", line)), "nothing passed")
+
+    return run
+
+
 # Section → (trials where none are asked for, what makes so many and gives their figures or raises AssertionError).
 SECTIONS: dict[str, tuple[int, Callable[[int, int], str]]] = {
     "processes": (20, judged),
     "kills": (200, imported("kills")),
     "configs": (100_000, imported("config_fuzz")),
     "memory": (20_000, imported("memory")),
+    "damage": (20_000, suite("test_cache.py", "test_all_damage_is_found_and_only_it_is_made_again")),
+    "writers": (200, suite("test_cache.py", "test_four_writers_and_their_kills")),
+    "disk": (100, suite("test_disk.py", "test_a_disk_that_fills_up_anywhere")),
+    "signals": (100, suite("test_signals.py", "test_stop_anywhere")),
+    "resumed": (288, suite("test_resume_pairs.py", "test_resumed_is_straight")),
 }
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from faults.amounts import amount, dice
 from stand_in_cache import Encoders, damage, entries, fill, forked, latents, manager, spec
 
 from qflux.data import cache_care, cache_manager, entry
@@ -20,6 +21,7 @@ from qflux.data.cache_manager import CacheDamaged
 from qflux.io import locks
 
 DAMAGE = {"flip": 1000, "cut": 500, "zero": 500, "swap": 100}
+TIMES = amount(sum(DAMAGE.values())) / sum(DAMAGE.values())
 SMALL = {"flip": 40, "cut": 20, "zero": 20, "swap": 10}
 
 
@@ -57,7 +59,7 @@ def trial(root: Path, counts: dict[str, int], verified: bool = True) -> Counter[
     ``verified`` False repairs by the readers' marks alone.
     """
     specs = [spec(i, prompt=f"prompt {i}", mask="m" if i % 2 else None) for i in range(120)]
-    cache, chance, done = manager(root), random.Random(1), Counter[str]()
+    cache, chance, done = manager(root), dice(), Counter[str]()
     fill(cache, specs)
     good = {path: path.read_bytes() for path in entries(root)}
     wanted = cache_care.needed([(cache, specs)])
@@ -85,7 +87,8 @@ def trial(root: Path, counts: dict[str, int], verified: bool = True) -> Counter[
 
 
 def test_all_damage_is_found_and_only_it_is_made_again(memory: Path) -> None:
-    assert trial(memory, DAMAGE) == DAMAGE
+    counts = {kind: round(count * TIMES) for kind, count in DAMAGE.items()}
+    assert trial(memory, counts) == counts
 
 
 def test_readers_marks_repair_the_same(memory: Path) -> None:
@@ -125,10 +128,11 @@ def test_the_trial_sees_a_check_that_is_missing(
         trial(memory, {kind: 20}, verified=loosen is not ignore_marks)
 
 
-WRITERS, KILLS, SAMPLES = 4, 20, 300
+WRITERS, KILLS = 4, amount(20)
+SAMPLES = 15 * KILLS
 
 
-def test_four_writers_and_twenty_kills(memory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_four_writers_and_their_kills(memory: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Each entry is encoded once but for those that a kill took; nothing bad, no lock and no temp file stays."""
     root, log = memory / "cache", memory / "encoded"
     specs = [spec(i, prompt=f"prompt {i}") for i in range(SAMPLES)]
@@ -141,13 +145,13 @@ def test_four_writers_and_twenty_kills(memory: Path, capsys: pytest.CaptureFixtu
             return super().encode(stage, sample)
 
     def write() -> None:
-        fill(manager(root), specs, Logged(specs), wait=60.0)
+        fill(manager(root), specs, Logged(specs), wait=60.0 + KILLS)
 
     def writing(pid: int) -> bool:
         note = root / ".lock.owner"
         return note.exists() and f'"pid": {pid}' in note.read_text()
 
-    chance, alive, holders = random.Random(2), [forked(write) for _ in range(WRITERS)], 0
+    chance, alive, holders = dice(), [forked(write) for _ in range(WRITERS)], 0
     for number in range(KILLS):
         time.sleep(chance.uniform(0.02, 0.1))
         victim = chance.choice([pid for pid in alive if writing(pid)] or alive if number % 2 else alive)

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from faults.forked import LARGE, Ended, Forked, Runs
+from faults.amounts import amount, dice
+from faults.forked import LARGE, Ended, Forked, Runs, at_point
 from faults.remains import RUNS, assert_readable, assert_swept, compare_runs
 from tiny_project import Data, Project, column, differing, record
 
@@ -46,15 +47,13 @@ OFFSETS: list[tuple[str, int, int, tuple[str, ...]]] = [
 
 def fill_up(disk: str, point: str, arrival: int, left: int) -> None:
     """At that point somebody else takes the disk, all but ``left`` bytes."""
-    from qflux.io import faults
 
-    def full(kind: str) -> None:
+    def full() -> None:
         found = os.statvfs(disk)
         with open(Path(disk, "ballast"), "wb") as file:
             os.posix_fallocate(file.fileno(), 0, found.f_bavail * found.f_frsize - left)
 
-    faults._hurt = full
-    os.environ[faults.FAULT] = f"{point}:{arrival}"
+    at_point(point, arrival, full)
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +105,27 @@ def test_a_disk_that_fills_up(disks: Runs, offset: tuple[str, int, int, tuple[st
     else:
         compare_runs(seen, straight)
     assert [path.name for path in (seen / RUNS).iterdir()] == ["v1"]
+
+
+@pytest.mark.parametrize("number", range(amount(4)))
+def test_a_disk_that_fills_up_anywhere(disks: Runs, number: int) -> None:
+    """At any arrival at any named point, with any room left; a run that needs no more ends as if nothing were."""
+    chance = dice(number)
+    place = (*disks.anywhere(chance), chance.choice([0, chance.randrange(1 << 17)]))
+    disk = disks.new(f"anywhere-{number}", cached=False)
+    ended = disks.run(disk, prepare=fill_up, args=[disk, *place])
+    seen = disks.seen(disk)
+    if ended.code != 0:
+        assert_ended(ended, seen)
+        disks.forked.command("rm", disk / "ballast")
+        again = disks.run(disk, "--resume", "auto")
+        assert again.code == 0, again.said
+    assert_readable(seen)
+    assert_swept(seen)
+    compare_runs(seen, disks.seen(disks.straight))
+    assert [path.name for path in (seen / RUNS).iterdir()] == ["v1"]
+    print(f"{'-'.join(map(str, place))}: {ended.code}")
+    disks.forked.unmount(disk)
 
 
 def without_reserve(disk: str, *place: Any) -> None:

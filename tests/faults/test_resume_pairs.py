@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from faults.amounts import amount
 from faults.forked import Forked
 from tiny_project import WEIGHTS, Data, Project, checkpoint, finish, metrics, record
 
@@ -60,7 +61,7 @@ def covering(factors: Mapping[str, Sequence[str]], least: int, seed: int = 0) ->
     return chosen
 
 
-CASES = covering(FACTORS, LEAST)
+CASES = covering(FACTORS, amount(LEAST))
 
 
 def words_of(case: Case) -> list[str]:

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from faults.forked import Forked, Runs
+from faults.amounts import amount, dice
+from faults.forked import Forked, Runs, at_point
 from faults.remains import RUNS, assert_readable
 from tiny_project import Data, Project, checkpoint, differing, metrics, on_call, record
 
@@ -79,12 +80,50 @@ def test_stop_in_a_phase(runs: Runs, tmp_path: Path, phase: str, number: int) ->
         return
     assert_readable(runs.seen(disk))
     assert_saved(run, number, step)
+    assert_goes_on(runs, disk)
+
+
+def assert_goes_on(runs: Runs, disk: Path) -> None:
+    """The same command ends as a run that nothing disturbed."""
     again = runs.run(disk, "--resume", "auto")
     assert again.code == 0, again.said
-    straight = runs.seen(runs.straight) / RUNS / "v1"
+    run, straight = (runs.seen(place) / RUNS / "v1" for place in (disk, runs.straight))
     assert differing(checkpoint(run, 6), checkpoint(straight, 6)) == []
     assert metrics(run) == metrics(straight)
     assert [path.name for path in run.parent.iterdir()] == ["v1"]
+
+
+def interrupt_at(point: str, arrival: int, number: int, note: str) -> None:
+    """At that arrival at a named point the process gets the signal."""
+
+    def send() -> None:
+        Path(note).write_text(repr(time.time()))
+        os.kill(os.getpid(), number)
+
+    at_point(point, arrival, send)
+
+
+@pytest.mark.parametrize("trial", range(amount(4)))
+def test_stop_anywhere(runs: Runs, tmp_path: Path, trial: int) -> None:
+    """At any arrival at any named point; a run that had all but ended may end as if nothing were."""
+    chance = dice(trial)
+    place, number = runs.anywhere(chance), chance.choice([signal.SIGTERM, signal.SIGINT])
+    disk, note = runs.new(f"anywhere-{trial}", cached=False), tmp_path / "sent"
+    ended = runs.run(disk, prepare=interrupt_at, args=[*place, int(number), note])
+    assert ended.when - float(note.read_text()) < SECONDS
+    assert "Traceback" not in ended.said
+    seen = runs.seen(disk)
+    assert_readable(seen)
+    told = record(seen / RUNS / "v1") if (seen / RUNS / "v1").exists() else {"step": 0}
+    print(f"{'-'.join(map(str, place))}: {ended.code} at step {told['step']}")
+    if ended.code == 0:
+        assert (told["exit_code"], told["step"]) == (0, 6)
+    else:
+        assert ended.code == 128 + number, ended.said
+        if "exit_code" in told:
+            assert_saved(seen / RUNS / "v1", number, told["step"])
+    assert_goes_on(runs, disk)
+    runs.forked.unmount(disk)
 
 
 def at_once(*place: Any) -> None:
