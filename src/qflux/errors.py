@@ -49,6 +49,20 @@ class Interrupted(QfluxError):
         super().__init__(text or f"interrupted by signal {signal_number}")
 
 
+def text_of(error: BaseException) -> str:
+    """An error's text; empty for one that fails when it is asked."""
+    try:
+        return str(error)
+    except Exception:
+        return ""
+
+
+def described(error: BaseException) -> str:
+    """``Type: first line of its text`` in one line."""
+    lines = [line.strip() for line in text_of(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
+
+
 def causes(error: BaseException) -> Iterator[BaseException]:
     """An error, what it was raised from or while, and so on."""
     found: BaseException | None = error

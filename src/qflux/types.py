@@ -186,11 +186,16 @@ class TrainState:
 
 @dataclass(frozen=True)
 class EncodeStage:
-    """Components loaded together, used to encode, and freed. Image stages read pixels, text stages the prompt."""
+    """Components loaded together, used to encode, and freed. Image stages read pixels, text stages the prompt.
+
+    ``text_length`` is False for a text stage whose encoder always takes a number of tokens of its own: its entries then
+    outlast another ``data.max_sequence_length``.
+    """
 
     name: str
     components: tuple[str, ...]
     kind: Literal["image", "text"]
+    text_length: bool = True
 
 
 @dataclass(frozen=True)

@@ -61,14 +61,14 @@ def _nothing_swept() -> None:
     """Temp files of killed processes stay."""
     from qflux.io import atomic
 
-    atomic.sweep = lambda folder: []
+    atomic.sweep = lambda folder, **_: []
 
 
 def _all_swept() -> None:
     """Everything that looks like a temp file goes, whoever made it."""
     from qflux.io import atomic
 
-    atomic._abandoned = lambda path: True
+    atomic._abandoned = lambda path, *_: True
 
 
 def _overwritten() -> None:

@@ -2,129 +2,23 @@
 
 from __future__ import annotations
 
-import errno
 import re
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from faults.amounts import amount, dice
+from faults.fenced import CUDA, ERRORS, FAILURES, LINE, PLACES, Mute, calling, in_network, loading
 from faults.memory import Trace
-from tiny_project import Project, adapter_bytes, checkpoint, column, differing, metrics, record
+from tiny_project import Outcome, Project, adapter_bytes, checkpoint, column, differing, metrics, record
 
 from qflux.errors import UserError
 from qflux.io import atomic
-from qflux.io.quiet import quiet_imports
-from qflux.models import adapters
-from qflux.models.ema import Ema
 from qflux.runtime.checkpoint import list_checkpoints, verify_checkpoint
 from qflux.trainer import loop, sampling
 from qflux.trainer.base_trainer import BaseTrainer
 from qflux.trainer.flux_kontext_trainer import FluxKontextTrainer
 from qflux.validation import fence, held_out, validation_sampler
-
-CUDA = "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 79.25 GiB\nmore text\n\nand more"
-LINE = r"(\[process \d\] )?(sampling: stopped by|held-out loss: not measured,|tracker \w+ failed) .+"
-
-
-class Mute(Exception):
-    """An error that cannot even be printed."""
-
-    def __str__(self) -> str:
-        raise ValueError("no text")
-
-
-def diffusers() -> Any:
-    with quiet_imports():
-        import diffusers
-    return diffusers
-
-
-def loading(component: str) -> Callable[[pytest.MonkeyPatch, BaseException], None]:
-    """The trainer's ``load`` fails at a component that drawing needs; encoders of the cache are loaded before."""
-
-    def plant(patch: pytest.MonkeyPatch, error: BaseException) -> None:
-        original = FluxKontextTrainer.load
-
-        def load(self: Any, name: str) -> Any:
-            if name == component:
-                raise error
-            return original(self, name)
-
-        patch.setattr(FluxKontextTrainer, "load", load)
-
-    return plant
-
-
-def calling(owner: Callable[[], Any], name: str, at: int = 0) -> Callable[[pytest.MonkeyPatch, BaseException], None]:
-    """Every call of ``owner().name`` fails, or only the ``at``-th."""
-
-    def plant(patch: pytest.MonkeyPatch, error: BaseException) -> None:
-        calls, original = [0], getattr(owner(), name)
-
-        def fail(*args: Any, **kwargs: Any) -> Any:
-            calls[0] += 1
-            if at in (0, calls[0]):
-                raise error
-            return original(*args, **kwargs)
-
-        patch.setattr(owner(), name, fail)
-
-    return plant
-
-
-def in_network(patch: pytest.MonkeyPatch, error: BaseException) -> None:
-    """The network fails in its second block while a picture is drawn: gradients are off then."""
-    owner = diffusers().models.transformers.transformer_flux.FluxSingleTransformerBlock
-    original = owner.forward
-
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if not torch.is_grad_enabled():
-            raise error
-        return original(self, *args, **kwargs)
-
-    patch.setattr(owner, "forward", forward)
-
-
-def pipeline() -> Any:
-    return diffusers().FluxKontextPipeline
-
-
-def vae() -> Any:
-    return diffusers().AutoencoderKL
-
-
-# name → (where it fails, with what, the words of the line that tells of it)
-FAILURES: dict[str, tuple[Callable[[pytest.MonkeyPatch, BaseException], None], BaseException, str]] = {
-    "load-vae-memory": (loading("vae"), torch.OutOfMemoryError(CUDA), "OutOfMemoryError: CUDA out of memory"),
-    "load-vae-cuda": (loading("vae"), RuntimeError("CUDA error: device-side assert"), "RuntimeError: CUDA error"),
-    "load-scheduler": (loading("scheduler"), OSError(errno.EIO, "Input/output error"), "OSError: "),
-    "encode-prompt": (calling(lambda: sampling, "validation_samples"), MemoryError(), "MemoryError: no message"),
-    "build-pipeline": (calling(lambda: FluxKontextTrainer, "pipeline"), ValueError("no such part"), "ValueError: no "),
-    "call-kwargs": (calling(lambda: FluxKontextTrainer, "call_kwargs"), KeyError("size"), "KeyError: 'size'"),
-    "pipeline-memory": (calling(pipeline, "__call__"), torch.OutOfMemoryError(CUDA), "OutOfMemoryError: CUDA out"),
-    "pipeline-no-text": (calling(pipeline, "__call__"), RuntimeError(), "RuntimeError: no message"),
-    "pipeline-mute": (calling(pipeline, "__call__"), Mute(), "Mute: no message"),
-    "pipeline-recursion": (calling(pipeline, "__call__"), RecursionError("maximum depth"), "RecursionError: maximum"),
-    "pipeline-iteration": (calling(pipeline, "__call__"), StopIteration(3), "StopIteration: 3"),
-    "second-picture": (calling(pipeline, "__call__", at=2), AssertionError("shapes"), "AssertionError: shapes"),
-    "network": (in_network, torch.OutOfMemoryError(CUDA), "OutOfMemoryError: CUDA out"),
-    "vae-encode": (calling(vae, "encode"), torch.OutOfMemoryError(CUDA), "OutOfMemoryError: CUDA out"),
-    "vae-decode": (calling(vae, "decode"), torch.OutOfMemoryError(CUDA), "OutOfMemoryError: CUDA out"),
-    "png": (calling(lambda: validation_sampler, "write_png"), OSError(errno.EIO, "Input/output error"), "OSError: "),
-    "png-folder": (calling(lambda: validation_sampler, "sweep"), PermissionError(13, "denied"), "PermissionError: "),
-    "sheet": (calling(lambda: validation_sampler, "contact_sheet"), ZeroDivisionError("by zero"), "ZeroDivisionError"),
-    "scores": (calling(lambda: validation_sampler, "write_json"), ValueError("not JSON"), "ValueError: not JSON"),
-    "held-out-loss": (calling(lambda: held_out.HeldOut, "_sample"), torch.OutOfMemoryError(CUDA), "OutOfMemoryError"),
-    "held-out-read": (calling(lambda: held_out, "collate"), UserError("one entry is gone", "two"), "UserError: one "),
-    "average-copy": (calling(lambda: Ema, "swapped"), torch.OutOfMemoryError(CUDA), "OutOfMemoryError: CUDA out"),
-    "rounding": (calling(lambda: adapters, "rounded_copy"), MemoryError("no room"), "MemoryError: no room"),
-    "tracker": (
-        calling(lambda: __import__("accelerate.tracking").tracking.TensorBoardTracker, "log_images"),
-        ConnectionError("gone"),
-        "ConnectionError: gone",
-    ),
-}
 
 
 @pytest.fixture
@@ -145,31 +39,61 @@ def test_there_are_enough_failures() -> None:
 
 
 @pytest.fixture(scope="module")
-def straight() -> dict[str, bytes]:
-    """The adapter that the run gives when nothing fails; made by the first test that asks."""
+def kept() -> dict[str, bytes]:
+    """What the first test that needs it makes for all."""
     return {}
+
+
+@pytest.fixture
+def straight(project: Project, words: list[str], kept: dict[str, bytes]) -> bytes:
+    """The adapter that the run gives when nothing fails."""
+    if not kept:
+        kept["adapter"] = adapter_bytes(project.train(*words, name="straight"), 2)
+    return kept["adapter"]
+
+
+def assert_went_on(done: Outcome, project: Project, straight: bytes) -> list[str]:
+    """A run that ended well, with the adapter of one in which nothing failed; the lines that tell of failures."""
+    assert (done.code, done.err) == (0, ""), done.out + done.err
+    told = [line for line in done.out.splitlines() if re.fullmatch(LINE, line)]
+    assert set(done.foreign) <= set(told), "each failure is one line"
+    run = project.newest()
+    assert record(run)["exit_code"] == 0
+    assert adapter_bytes(run, 2) == straight
+    assert len(column(run, "loss")) == 2
+    return told
 
 
 @pytest.mark.parametrize("name", FAILURES)
 def test_the_run_goes_on(
-    project: Project, monkeypatch: pytest.MonkeyPatch, words: list[str], straight: dict[str, bytes], name: str
+    project: Project, monkeypatch: pytest.MonkeyPatch, words: list[str], straight: bytes, name: str
 ) -> None:
-    if not straight:
-        straight["adapter"] = adapter_bytes(project.train(*words, name="straight"), 2)
     plant, error, expected = FAILURES[name]
     with monkeypatch.context() as patch:
         plant(patch, error)
         done = project.run(*words)
-    assert done.code == 0, done.out + done.err
-    assert done.err == ""
-    told = [line for line in done.out.splitlines() if re.fullmatch(LINE, line)]
+    told = assert_went_on(done, project, straight)
     assert told, done.out
     assert all(expected in line for line in told), told
-    assert set(done.foreign) <= set(told), "each failure is one line"
-    run = project.newest()
-    assert record(run)["exit_code"] == 0
-    assert adapter_bytes(run, 2) == straight["adapter"]
-    assert len(column(run, "loss")) == 2
+
+
+@pytest.mark.parametrize("number", range(amount(4)))
+def test_any_error_anywhere(
+    project: Project, monkeypatch: pytest.MonkeyPatch, words: list[str], straight: bytes, number: int
+) -> None:
+    """At one call of a place, or at all: a line for each failure, none where the call is not reached."""
+    chance = dice(number)
+    place, (kind, *made_of), at = (
+        chance.choice([*PLACES]),
+        chance.choice(ERRORS),
+        chance.choice([0, 0, 1, 1, 2, 3, 5, 8]),
+    )
+    with monkeypatch.context() as patch:
+        failed = calling(*PLACES[place], at=at)(patch, kind(*made_of))
+        done = project.run(*words)
+    told = assert_went_on(done, project, straight)
+    assert len(told) == len(failed), (place, kind, at, told)
+    assert all(f" {kind.__name__}: " in line for line in told), (place, kind, at, told)
 
 
 def test_what_failed_once_is_tried_again(project: Project, monkeypatch: pytest.MonkeyPatch, words: list[str]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,151 +11,35 @@ from typing import Any
 import pytest
 import torch
 import two_processes
+from faults.amounts import amount, dice
+from faults.nonfinite import (
+    BAD,
+    EACH,
+    SETUPS,
+    changed,
+    drawn,
+    moved,
+    named,
+    non_finite,
+    plant,
+    runs_made,
+    samples_read,
+    spoil,
+    spoil_weights,
+    tensors,
+    unequal,
+    weights_before,
+)
 from tiny_project import Project, checkpoint, column, on_call, record
 
 from qflux.errors import RunStopped
-from qflux.io.tensors import load_tensors
-from qflux.models.schedules import Schedule
 from qflux.parallel.placement import Placement
 from qflux.runtime.checkpoint import list_checkpoints, verify_checkpoint
 from qflux.trainer import finite, loop
-from qflux.trainer.base_trainer import BaseTrainer
 from qflux.trainer.encoding import SampleReader
 from qflux.trainer.finite import FiniteWatch, refuse_non_finite
 from qflux.trainer.flux_kontext_trainer import FluxKontextTrainer
 from qflux.types import Batch, EncodedSample
-
-BAD = {"nan": math.nan, "inf": math.inf}
-NAMED = r"step (\d+): loss or gradient is not finite, its update was left out; samples (.+)"
-EACH = ("train.checkpointing_steps=1", "data.num_workers=0")
-SETUPS = {
-    "lora": [],
-    "full": ["model.lora=null", "train.optimizer.lr=1e-4"],
-    "ema": ["train.ema={decay: 0.9}"],
-    "accumulation": ["train.gradient_accumulation_steps=4", "data.batch_size=1"],
-    "fp16": ["train.mixed_precision=fp16"],
-    "full-bf16-ema": ["model.lora=null", "train.optimizer.lr=1e-4", "train.mixed_precision=bf16", "train.ema={}"],
-    "schedule-free": ["train.optimizer={name: adamw_schedule_free, lr: 1e-3}"],
-    "8-bit": ["train.optimizer={name: adamw8bit, lr: 1e-3}", "model.lora.r=128"],
-}
-
-
-def changed(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, change: Callable[..., Any]) -> None:
-    """``owner.name`` gives what ``change(number of the call, its first argument, what it gave)`` makes of it."""
-    original, calls = getattr(owner, name), [0]
-
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        calls[0] += 1
-        number = calls[0]
-        return change(number, args[0], original(*args, **kwargs))
-
-    monkeypatch.setattr(owner, name, wrapped)
-
-
-def spoil(tensor: torch.Tensor, value: float) -> torch.Tensor:
-    """A copy with one bad number."""
-    tensor = tensor.detach().clone(memory_format=torch.contiguous_format)
-    tensor.view(-1)[tensor.numel() // 2] = value
-    return tensor
-
-
-def plant(monkeypatch: pytest.MonkeyPatch, place: str, value: float, call: int) -> None:
-    """A bad number at one micro-batch, sample or step: the ``call``-th, from 1."""
-
-    def latents(number: int, _: Any, sample: EncodedSample) -> EncodedSample:
-        if number == call and sample.target is not None:
-            sample.target = spoil(sample.target, value)
-        return sample
-
-    def text(number: int, _: Any, sample: EncodedSample) -> EncodedSample:
-        if number == call:
-            sample.text = {name: spoil(tensor, value) for name, tensor in sample.text.items()}
-        return sample
-
-    def loss(number: int, _: Any, losses: torch.Tensor) -> torch.Tensor:
-        return losses * value if number == call else losses
-
-    def rate(number: int, schedule: Any, _: None) -> None:
-        for group in schedule._optimizer.param_groups if number == call - 1 else ():
-            group["lr"] = value
-
-    if place == "gradient":
-        spoil_gradient(monkeypatch, value, call)
-        return
-    table: dict[str, tuple[Any, str, Callable[..., Any]]] = {
-        "latents": (SampleReader, "read", latents),
-        "text": (SampleReader, "read", text),
-        "loss": (BaseTrainer, "step", loss),
-        "rate": (Schedule, "tick", rate),
-    }
-    changed(monkeypatch, *table[place])
-
-
-def spoil_gradient(monkeypatch: pytest.MonkeyPatch, value: float, call: int) -> None:
-    """One bad number in a parameter's gradient on the way back, before processes share it."""
-    original, calls = Placement.backward, [0]
-
-    def backward(self: Any, loss: torch.Tensor) -> None:
-        calls[0] += 1
-        param = next(param for param in self._model.parameters() if param.requires_grad)
-        hook = param.register_hook(lambda grad: spoil(grad, value) if calls[0] == call else grad)
-        original(self, loss)
-        hook.remove()
-
-    monkeypatch.setattr(Placement, "backward", backward)
-
-
-def spoil_weights(run: Any, value: float) -> None:
-    """One bad number in the first trained parameter."""
-    param = next(iter(run.weights.params.values()))
-    param.data = spoil(param, value)
-
-
-def runs_made(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The runs that are built from now on."""
-    made: list[Any] = []
-
-    def note(_: int, __: Any, run: Any) -> Any:
-        made.append(run)
-        return run
-
-    changed(monkeypatch, loop, "build_run", note)
-    return made
-
-
-def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a checkpoint but the averages, which a step without an update moves too."""
-    return {
-        f"{file.relative_to(folder)}: {name}": tensor
-        for file in sorted(folder.rglob("*.safetensors"))
-        if not str(file.relative_to(folder)).startswith("ema")
-        for name, tensor in load_tensors(file).items()
-    }
-
-
-def moved(run: Path, first: int, second: int) -> list[str]:
-    """Names of tensors in which two checkpoints differ, those that only one has among them."""
-    one, two = tensors(checkpoint(run, first)), tensors(checkpoint(run, second))
-    shared = sorted(one.keys() & two.keys())
-    return sorted(one.keys() ^ two.keys()) + [name for name in shared if not torch.equal(one[name], two[name])]
-
-
-def non_finite(folder: Path) -> list[str]:
-    """Every tensor with a value that is not finite in any safetensors file under a folder."""
-    files = sorted(folder.rglob("*.safetensors"))
-    assert files, "nothing was written"
-    return [
-        f"{file}: {name}"
-        for file in files
-        for name, tensor in load_tensors(file).items()
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all())
-    ]
-
-
-def named(out: str) -> dict[int, list[str]]:
-    """Step → samples of the lines that tell of steps left out."""
-    return {int(step): names.split(", ") for step, names in re.findall(NAMED, out)}
-
 
 CASES = [
     *((place, value, "lora") for place in ("latents", "text", "loss", "gradient", "rate") for value in BAD),
@@ -181,6 +64,31 @@ def test_no_weight_moves(project: Project, monkeypatch: pytest.MonkeyPatch, plac
     assert list(named(done.out)) == [2]
     assert len(named(done.out)[2]) == (4 if micros == 4 else 2)
     assert non_finite(run) == []
+    assert all(verify_checkpoint(path) == [] for path in list_checkpoints(run))
+
+
+@pytest.mark.parametrize("number", range(amount(4)))
+def test_wherever_they_come(project: Project, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """Up to three values anywhere in a run: exactly the steps that they hit are left out; too many in a row stop it."""
+    trial = drawn(dice(number))
+    read, starts = samples_read(monkeypatch), weights_before(monkeypatch, 1, 2)
+    for planted in trial.plants:
+        plant(monkeypatch, *planted)
+    words = [f"train.max_train_steps={trial.steps}", f"train.max_skipped_steps={trial.limit}"]
+    done = project.run(*EACH, *SETUPS[trial.setup], *words, "train.checkpoints_total_limit=null")
+    assert done.code == (3 if trial.stop else 0), (trial, done.err)
+    assert ("train.max_skipped_steps: " in done.err) == bool(trial.stop), done.err
+    assert len(done.err.splitlines()) == bool(trial.stop), done.err
+    run, last = project.newest(), trial.stop or trial.steps
+    steps, saved = range(1, last + 1), trial.stop - 1 if trial.stop else trial.steps
+    assert column(run, "skipped") == [int(step in trial.hits) for step in steps], trial
+    batches = {step: sorted(read[(step - 1) * trial.samples : step * trial.samples]) for step in steps}
+    assert named(done.out) == {step: batches[step] for step in steps if step in trial.hits}, trial
+    assert (unequal(*starts) == []) == (1 in trial.hits), trial
+    still = {step for step in range(2, saved + 1) if moved(run, step - 1, step) == []}
+    assert still == trial.hits & {*range(2, saved + 1)}, trial
+    assert non_finite(run) == []
+    assert [path.name for path in list_checkpoints(run)] == [f"checkpoint-{step:06d}" for step in range(1, saved + 1)]
     assert all(verify_checkpoint(path) == [] for path in list_checkpoints(run))
 
 
@@ -257,8 +165,7 @@ def test_bad_weights_are_never_saved(project: Project, monkeypatch: pytest.Monke
     assert again.code == 0
     assert non_finite(run) == []
     straight = project.train(*EACH, *SETUPS[setup], name="straight")
-    one, two = tensors(checkpoint(run, 4)), tensors(checkpoint(straight, 4))
-    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert unequal(tensors(checkpoint(run, 4)), tensors(checkpoint(straight, 4))) == []
 
 
 def test_weights_that_went_bad_end_the_run(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:

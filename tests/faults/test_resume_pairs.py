@@ -17,10 +17,10 @@ import pytest
 import torch
 from faults.amounts import amount
 from faults.forked import Forked
+from faults.nonfinite import tensors, unequal
 from tiny_project import WEIGHTS, Data, Project, checkpoint, finish, metrics, record
 
 from qflux.demo import shapes
-from qflux.io.tensors import load_tensors
 from qflux.models.ema import Ema
 from qflux.models.schedules import Schedule
 from qflux.parallel.placement import Placement
@@ -109,21 +109,10 @@ class Pairs:
         return straight, resumed
 
 
-def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of every file of a checkpoint, by file and name."""
-    return {
-        f"{file.relative_to(folder)}: {name}": tensor
-        for file in sorted(folder.rglob("*.safetensors"))
-        for name, tensor in load_tensors(file).items()
-    }
-
-
 def differences(one: Path, other: Path) -> list[str]:
     """Tensors, other state and metric rows in which two runs differ after the last step."""
     first, second = checkpoint(one, STEPS), checkpoint(other, STEPS)
-    mine, theirs = tensors_of(first), tensors_of(second)
-    found = sorted(mine.keys() ^ theirs.keys())
-    found += [name for name in sorted(mine.keys() & theirs.keys()) if not torch.equal(mine[name], theirs[name])]
+    found = unequal(tensors(first), tensors(second))
     for file in sorted(first.rglob("*.json")):
         name = file.relative_to(first)
         if name.name != "manifest.json" and file.read_bytes() != (second / name).read_bytes():
@@ -165,13 +154,13 @@ def test_the_cases_cover_every_pair_of_values() -> None:
 def test_resumed_is_straight(pairs: Callable[[], Pairs], case: Case) -> None:
     straight, resumed = pairs().both(case)
     assert differences(straight, resumed) == []
-    held = tensors_of(checkpoint(straight, STEPS))
+    held = tensors(checkpoint(straight, STEPS))
     assert any(name.startswith("optimizer.safetensors") for name in held)
     assert any(name.startswith("ema/") for name in held) == (case["trained"] == "ema")
     eight_bit = any(tensor.dtype == torch.uint8 for name, tensor in held.items() if name.startswith("optimizer"))
     assert eight_bit == (case["optimizer"] == "adamw8bit"), "the state is not the one that is meant"
-    started = tensors_of(checkpoint(straight, SAVED_AT[case["saved"]]))
-    assert any(not torch.equal(held[name], started[name]) for name in held), "nothing changed after the save"
+    started = tensors(checkpoint(straight, SAVED_AT[case["saved"]]))
+    assert unequal(held, started), "nothing changed after the save"
 
 
 LEFT_OUT: dict[str, tuple[type, str]] = {

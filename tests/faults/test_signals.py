@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT in eight phases: the run ends soon, says so, loses nothing, and goes on from there."""
+"""SIGTERM and SIGINT in nine phases: the run ends soon, says so, loses nothing, and goes on from there."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ PHASES: dict[str, tuple[str, str, str, int, int | None]] = {
     "check": ("qflux.main", "", "scan_all", 1, None),
     "caching": ("qflux.trainer.flux_kontext_trainer", "FluxKontextTrainer", "encode", 5, 0),
     "loading": ("qflux.trainer.setup", "", "make_weights", 1, 0),
+    "opening": ("qflux.runtime.run_folder", "", "dump_config", 1, 0),
     "held-out": ("qflux.validation.held_out", "HeldOut", "measure", 1, 0),
     "first-step": ("qflux.trainer.base_trainer", "BaseTrainer", "step", 1, 1),
     "mid-step": ("qflux.trainer.base_trainer", "BaseTrainer", "step", 6, 3),
@@ -114,15 +115,17 @@ def test_stop_anywhere(runs: Runs, tmp_path: Path, trial: int) -> None:
     assert "Traceback" not in ended.said
     seen = runs.seen(disk)
     assert_readable(seen)
-    told = record(seen / RUNS / "v1") if (seen / RUNS / "v1").exists() else {"step": 0}
+    run = seen / RUNS / "v1"
+    told = record(run) if run.exists() else {"step": 0}
     print(f"{'-'.join(map(str, place))}: {ended.code} at step {told['step']}")
     if ended.code == 0:
         assert (told["exit_code"], told["step"]) == (0, 6)
+        assert differing(checkpoint(run, 6), checkpoint(runs.seen(runs.straight) / RUNS / "v1", 6)) == []
     else:
         assert ended.code == 128 + number, ended.said
-        if "exit_code" in told:
-            assert_saved(seen / RUNS / "v1", number, told["step"])
-    assert_goes_on(runs, disk)
+        if run.exists():
+            assert_saved(run, number, told["step"])
+        assert_goes_on(runs, disk)
     runs.forked.unmount(disk)
 
 

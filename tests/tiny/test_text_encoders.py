@@ -12,8 +12,12 @@ from typing import Any
 import pytest
 import torch
 
+from qflux.demo import DEMOS
+from qflux.io.digests import DigestMemo, canonical_json
 from qflux.io.quiet import quiet_imports
 from qflux.models.loading import quiet_libraries
+from qflux.tools import plan_data
+from qflux.trainer.encoding import cache_manager
 from qflux.trainer.flux2_trainer import Flux2KleinTrainer, Flux2Trainer
 from qflux.types import EditSample, Resize, SizePlan
 
@@ -108,6 +112,32 @@ def test_one_layer_less_would_be_normalised(tiny: Callable[[str], Any], kind: Ki
     norm = encoder.get_decoder().norm
     with torch.no_grad():
         assert torch.allclose(norm(expected[..., last]), found[..., last], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [name for name, demo in DEMOS.items() if demo.cuts])
+def test_a_stage_says_whether_its_text_has_the_configs_length(tiny: Callable[[str], Any], name: str) -> None:
+    """What does not is not made again for another ``data.max_sequence_length``; it must be the same then."""
+    shorter, longer = (tiny(name).make(f"data.max_sequence_length={length}") for length in (24, 40))
+    sample = EditSample(None, [], " ".join(PROMPTS * 8), None, "0", "", PLAN)  # longer than both
+    for stage in shorter.family.stages:
+        if stage.kind == "image":
+            continue
+        parts = {component: shorter.load(component) for component in stage.components}
+        with torch.no_grad():
+            few, many = (trainer.encode(parts, sample).text for trainer in (shorter, longer))
+        same = {tensor.shape == many[key].shape and torch.equal(tensor, many[key]) for key, tensor in few.items()}
+        assert same == {not stage.text_length}, stage.name
+
+
+@pytest.mark.parametrize("name", DEMOS)
+def test_the_plans_recipes_are_the_caches(tiny: Callable[[str], Any], tmp_path: Path, name: str) -> None:
+    """Names in them and their length in an entry's header."""
+    trainer = tiny(name).make()
+    made = cache_manager(trainer, DigestMemo(tmp_path / "memo.json")).recipes
+    for stage in trainer.family.stages:
+        planned = plan_data._recipe(trainer.config, trainer.family, stage, 4)
+        assert planned.keys() == json.loads(made[stage.name]).keys()
+        assert len(canonical_json(planned)) == len(made[stage.name])
 
 
 @each_kind

@@ -99,14 +99,16 @@ def test_collect_deletes_what_is_not_needed_and_says_how_much(cache: CacheManage
     (kept := Path(f"{entry(cache, specs[0])}.damaged")).touch()
     for path in spare[:2]:
         Path(f"{path}.damaged").touch()
-    temps = [cache.root / ".qflux-tmp-999999999-1-digests.json", good.popitem()[0].parent / ".qflux-tmp-999999999-2-x"]
+    part = good.popitem()[0].parent
+    temps = [cache.root / ".qflux-tmp-999999999-1-digests.json", part / ".qflux-tmp-999999999-2-x"]
+    temps += [folder / ".qflux-tmp-1-0123456789ab.3-x" for folder in (cache.root, part)]  # of another container
     for path in temps:
         path.write_text("half")
     done = collect(cache, wanted)
-    assert (done.entries, done.size, done.kept, done.marks, done.temps) == (5, size, 4, 2, 2)
+    assert (done.entries, done.size, done.kept, done.marks, done.temps) == (5, size, 4, 2, 4)
     assert done.strange == done.failed == []
     assert f"deleted 5 entries ({size} bytes, " in done.text()
-    assert "2 marks and 2 temporary files" in done.text()
+    assert "2 marks and 4 temporary files" in done.text()
     assert {path: path.read_bytes() for path in good} == good
     assert kept.exists()
     assert len(entries(cache.root)) == 4

@@ -206,6 +206,17 @@ def test_an_export_that_was_killed_does_not_keep_a_checkpoint(tmp_path):
     assert names(tmp_path) == ["checkpoint-000002"]
 
 
+def test_an_export_in_another_container_keeps_a_checkpoint_until_it_ends(tmp_path):
+    path = save_checkpoint(tmp_path, 1, content(), IDENTITY, 1)
+    unfinished = path / f"{checkpoint.atomic.TEMP_PREFIX}{2**22 + 12345}-0123456789ab.1-x.safetensors"
+    unfinished.write_text("half")
+    save_checkpoint(tmp_path, 2, content(), IDENTITY, 1)
+    assert unfinished.read_text() == "half"
+    unfinished.unlink()
+    save_checkpoint(tmp_path, 3, content(), IDENTITY, 1)
+    assert names(tmp_path) == ["checkpoint-000003"]
+
+
 def test_a_checkpoint_that_does_not_read_back_stops_before_rotation(tmp_path, monkeypatch):
     save_checkpoint(tmp_path, 1, content(), IDENTITY, 1)
     monkeypatch.setattr(checkpoint, "verify_checkpoint", lambda path: ["broken"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +16,9 @@ from native_layouts import BLOCKS, linears, network, velocity, velocity_in_comfy
 
 import qflux.trainer
 from qflux.errors import UserError
+from qflux.io import locks
+from qflux.io.atomic import TEMP_PREFIX
+from qflux.io.owner import owner
 from qflux.io.quiet import quiet_imports
 from qflux.io.tensors import load_tensors, read_metadata, save_tensors
 from qflux.models import adapters
@@ -277,6 +281,17 @@ def test_nothing_but_an_export_is_overwritten(tmp_path):
         export.export_adapter(adapter, "kohya", folder, tmp_path / "adapter.bin")
     assert adapter.read_bytes() == before
     assert export.export_adapter(adapter, "kohya", folder, tmp_path).name == "pytorch_lora_weights_kohya.safetensors"
+
+
+def test_an_export_takes_no_lock_and_only_what_a_dead_export_left(tmp_path):
+    """It may run beside the training whose checkpoint it reads, and beside exports in other containers."""
+    adapter, _ = trained("flux2", tmp_path)
+    names = {"1-0123456789ab.1-x": True, f"{os.getppid()}-{owner()}.1-x": True, f"{2**22 + 12345}-{owner()}.1-x": False}
+    for name in names:
+        (tmp_path / f"{TEMP_PREFIX}{name}").write_text("half")
+    with locks.hold(tmp_path / ".lock", "the run folder"):
+        assert exported("flux2", adapter, "kohya").is_file()
+    assert {name: (tmp_path / f"{TEMP_PREFIX}{name}").exists() for name in names} == names
 
 
 def changed_file(adapter, where, tensors=None, settings=None):

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import jsonschema
 import pytest
 
-from qflux.errors import Locked, UserError
+from qflux.errors import Locked, NoSpace, UserError
 from qflux.io import atomic, faults
 from qflux.runtime import run_folder
 from qflux.runtime.checkpoint import list_checkpoints, save_checkpoint
@@ -180,12 +180,29 @@ def test_auto_takes_up_a_folder_whose_run_was_killed_at_once(config, monkeypatch
     assert (path / "config.yaml").is_file()
 
 
+@pytest.mark.parametrize("point", ["record.before", "record.after", "rename.after"])
+def test_a_start_on_a_full_disk_says_so(config, monkeypatch, point):
+    arrival = {"record.before": 1, "record.after": 1, "rename.after": 3}[point]
+    monkeypatch.setenv("QFLUX_FAULT", f"{point}:{faults.arrivals[point] + arrival}:enospc")
+    with pytest.raises(NoSpace):
+        open_run(config, IDENTITY, "auto")
+    (path,) = run_folders(config.logging.output_dir / "demo")
+    told = read_record(path)
+    assert (told["exit_code"], told["step"]) == (74, 0)
+    assert "no space left" in told["reason"]
+    assert not list(path.glob(f"{atomic.TEMP_PREFIX}*"))
+    monkeypatch.delenv("QFLUX_FAULT")
+    with open_run(config, IDENTITY, "auto") as again:
+        assert again.path == path
+
+
 def test_a_resume_makes_up_for_a_rotation_and_for_sweeping(config):
     path = crashed(config, 2, 4, 6)
     (path / "samples" / "step-000002").mkdir(parents=True)
     left = [path / "samples" / "step-000002", path / "samples", path]
     for folder in left:
-        (folder / f"{atomic.TEMP_PREFIX}{2**22 + 12345}-1-x.png").write_text("half")
+        for owned in (f"{2**22 + 12345}-1", "1-0123456789ab.1"):  # the second is of another container
+            (folder / f"{atomic.TEMP_PREFIX}{owned}-x.png").write_text("half")
         (folder / "x.png").write_text("whole")
     config.train.checkpoints_total_limit = 2
     with open_run(config, IDENTITY, "auto") as run:

@@ -151,9 +151,9 @@ def collect(cache: CacheManager, wanted: Mapping[Name, Needed]) -> Collected:
     with locks.hold(cache.root / ".lock", f"the cache {cache.root}"):
         for path in list(_entries(cache.root)):
             _judge(path, wanted, done)
-        done.temps += len(atomic.sweep(cache.root))
+        done.temps += len(atomic.sweep(cache.root, alone=True))
         for folder in list(_parts(cache.root)):
-            done.temps += len(atomic.sweep(folder))
+            done.temps += len(atomic.sweep(folder, alone=True))
             for path in list(_files(folder)):
                 if _is_mark(path) and not path.with_name(path.name.removesuffix(MARK)).exists():
                     done.marks += _deleted(path, done)

@@ -298,11 +298,11 @@ class CacheManager:
         return again
 
     def _sweep(self) -> None:
-        atomic.sweep(self.root)
+        atomic.sweep(self.root, alone=True)  # only digests.json is written without the lock, and may be lost
         for stage in self.stages:
             folder = self.root / stage.name
             for part in sorted(folder.iterdir()) if folder.is_dir() else ():
-                atomic.sweep(part)
+                atomic.sweep(part, alone=True)
 
     def write(self, stage: EncodeStage, spec: SampleSpec, encoded: EncodedSample) -> None:
         """Write one stage's entry for ``spec``; ``UserError`` naming the sample when it is not finite or not whole."""

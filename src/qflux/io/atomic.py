@@ -1,18 +1,16 @@
 """Files are written once, whole and the same: temp file in the same directory, flush, fsync, rename.
 
 A reader sees the old file or the new one, never a part. A killed process leaves only temp files, whose names carry its
-pid and a tag of its host; :func:`sweep` removes those and nothing else. The one file that grows, ``metrics.jsonl``,
-grows by whole lines (:class:`Lines`). No other module opens a file for writing.
+number and its :func:`qflux.io.owner.owner`; :func:`sweep` removes those and nothing else. The one file that grows,
+``metrics.jsonl``, grows by whole lines (:class:`Lines`). No other module opens a file for writing.
 """
 
 from __future__ import annotations
 
 import errno
-import hashlib
 import itertools
 import json
 import os
-import platform
 import re
 import shutil
 import time
@@ -21,14 +19,15 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from qflux.errors import NoSpace, QfluxError, RunStopped, causes
+from qflux.errors import NoSpace, QfluxError, RunStopped, causes, text_of
 from qflux.io.faults import reach
+from qflux.io.owner import owner
 
 TEMP_PREFIX = ".qflux-tmp-"
 
-_NAME = re.compile(re.escape(TEMP_PREFIX) + r"(\d+)-(?:([0-9a-f]{6})\.)?")
-_HOST = hashlib.sha256(platform.node().encode()).hexdigest()[:6]
-_FOREIGN_AGE = 24 * 3600.0  # seconds after which another host's temp file counts as abandoned
+# Number of the process, its owner: six digits of the host's name, or none at all, in names of earlier releases.
+_NAME = re.compile(re.escape(TEMP_PREFIX) + r"(\d+)-(?:([0-9a-f]{6}|[0-9a-f]{12})\.)?")
+_FOREIGN_AGE = 24 * 3600.0  # seconds after which another owner's temp file counts as abandoned
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 _BROKEN = (errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR,
            errno.ESTALE, errno.ENODEV, errno.ENXIO, errno.EMFILE, errno.ENFILE, errno.EFBIG)  # fmt: skip
@@ -41,7 +40,7 @@ def temp_path(path: Path | str) -> Path:
     """A fresh temp name beside ``path`` that ends like it (suffix kept), for a file or a folder; nothing is created."""
     path = Path(path)
     tail = path.name.encode()[-120:].decode(errors="ignore")  # the prefix must not push a long name over 255 bytes
-    name = f"{TEMP_PREFIX}{os.getpid()}-{_HOST}.{next(_counter)}-{tail}"
+    name = f"{TEMP_PREFIX}{os.getpid()}-{owner()}.{next(_counter)}-{tail}"
     _live.add(name)
     return path.with_name(name)
 
@@ -71,7 +70,7 @@ def is_no_space(error: BaseException) -> bool:
     for seen in causes(error):
         if isinstance(seen, OSError) and seen.errno in _NO_SPACE:
             return True
-        if "os error 28" in str(seen) or "No space left on device" in str(seen):
+        if any(words in text_of(seen) for words in ("os error 28", "No space left on device")):
             return True
     return False
 
@@ -270,12 +269,14 @@ def _pid_alive(pid: int) -> bool:
     return True
 
 
-def _abandoned(path: Path) -> bool:
+def _abandoned(path: Path, me: str, alone: bool) -> bool:
     match = _NAME.match(path.name)
     if match is None:
         return False
-    pid, host = int(match[1]), match[2]
-    if host is not None and host != _HOST:
+    pid, whose = int(match[1]), match[2]
+    if whose is not None and whose != me:
+        if alone:
+            return True
         with suppress(OSError):
             return time.time() - path.lstat().st_mtime > _FOREIGN_AGE
         return False
@@ -284,25 +285,29 @@ def _abandoned(path: Path) -> bool:
     return not _pid_alive(pid)
 
 
-def sweep(folder: Path | str) -> list[Path]:
+def sweep(folder: Path | str, *, alone: bool = False) -> list[Path]:
     """Remove the temp files and temp folders directly in ``folder`` whose process is gone; returns their paths.
 
-    Only names made by :func:`temp_path` are touched. Those of another host (a shared disk) are left for a day.
+    Only names made by :func:`temp_path` are touched, and of this owner's never those of a process that lives. Whether
+    another owner's (another host or container, this one before its restart) lives cannot be asked: what is theirs goes
+    a day after its last change, or at once where the caller is ``alone``, holding the lock that whoever writes here
+    must hold. That lock, not a process number, is what containers and hosts share.
     """
-    gone = _leftovers(folder)
+    gone = _leftovers(folder, alone)
     for path in gone:
         _remove(path)
     return gone
 
 
-def left_bytes(folder: Path | str) -> int:
+def left_bytes(folder: Path | str, *, alone: bool = False) -> int:
     """Bytes that :func:`sweep` would set free."""
-    return sum(_size(path) for path in _leftovers(folder))
+    return sum(_size(path) for path in _leftovers(folder, alone))
 
 
-def _leftovers(folder: Path | str) -> list[Path]:
+def _leftovers(folder: Path | str, alone: bool) -> list[Path]:
     try:
         names = sorted(name for name in os.listdir(folder) if name.startswith(TEMP_PREFIX))
     except OSError:  # it is not there, no folder, or not ours to look into
         return []
-    return [path for path in map(Path(folder).joinpath, names) if _abandoned(path)]
+    me = owner() if names else ""
+    return [path for path in map(Path(folder).joinpath, names) if _abandoned(path, me, alone)]

@@ -13,14 +13,20 @@ import filelock
 
 from qflux.errors import Locked, UserError
 from qflux.io import atomic
+from qflux.io.owner import owner
 from qflux.io.progress import say
 
 
 def _holder(note: Path) -> str | None:
-    """Who the note says holds the lock; None without one."""
+    """Who the note says holds, or held, the lock; None without one.
+
+    A number of another container or of before a restart is told as such where the host's name is the same: the process
+    that has it here is another one. Notes of earlier releases do not say whose number it is.
+    """
     with suppress(OSError, ValueError, TypeError, KeyError):
         known = json.loads(note.read_text(encoding="utf-8"))
-        return f"process {known['pid']} on {known['host']}"
+        elsewhere = known["host"] == platform.node() and known.get("owner", owner()) != owner()
+        return f"process {known['pid']} on {known['host']}" + ", in another container or before a restart" * elsewhere
     return None
 
 
@@ -30,8 +36,9 @@ def hold(path: Path | str, what: str, wait: float = 0.0) -> Iterator[None]:
 
     ``Locked`` names pid and host of the holder when the lock is not free within ``wait`` seconds. The lock file itself
     stays behind (removing it could let two processes in); ``<path>.owner`` exists only while the lock is held, or after
-    a kill: the next holder says that it takes over and overwrites it. A lock of another host is judged in the same way,
-    by the kernel's lock, which network file systems carry between hosts.
+    a kill: the next holder says that it takes over and overwrites it. A lock of another host or container is judged in
+    the same way, by the kernel's lock, never by a process number: containers on one machine share it, and network file
+    systems carry it between hosts.
     """
     path = Path(path)
     note = path.with_name(path.name + ".owner")
@@ -48,7 +55,7 @@ def hold(path: Path | str, what: str, wait: float = 0.0) -> Iterator[None]:
         gone = _holder(note)
         if gone is not None:
             say(f"{what}: the lock of {gone}, which is gone, is taken over")
-        atomic.write_json(note, {"pid": os.getpid(), "host": platform.node()})
+        atomic.write_json(note, {"pid": os.getpid(), "host": platform.node(), "owner": owner()})
         yield
     finally:
         with suppress(OSError):

@@ -24,6 +24,7 @@ from typing import Any
 import torch.distributed as dist
 
 from qflux.errors import BUG, STOPPED, Interrupted, QfluxError, RunStopped, interruption
+from qflux.io.owner import owner
 
 BEAT = 0.5  # seconds between two signs of life
 GRACE = 2.0  # seconds in which the main thread may end in good order once a peer is lost
@@ -310,10 +311,8 @@ def _place(phase: str, step: int) -> str:
 
 
 def _host() -> str:
-    """The machine, and the container on it where process numbers are its own."""
-    with suppress(OSError):
-        return f"{platform.node()} {os.readlink('/proc/self/ns/pid')}"
-    return platform.node()
+    """The machine's name, and what is equal only for processes that see each other by their numbers."""
+    return f"{platform.node()} {owner()}"
 
 
 def _alive(pid: int) -> bool:

@@ -20,7 +20,7 @@ from types import NoneType
 from typing import Any
 
 from qflux.config import dump_config
-from qflux.errors import DONE, UserError
+from qflux.errors import DONE, QfluxError, UserError
 from qflux.io import atomic
 from qflux.io.faults import reach
 from qflux.io.json_files import strict_read
@@ -157,14 +157,28 @@ def open_run(
         if taken:
             raise UserError(*(f"{path}: no checkpoint of this run (no {MANIFEST}); move it away" for path in taken))
         record = _record(config, settled, device, data, step, notes)
-        _write_record(folder, record)  # first: without it nothing says that the folder is a run's
-        _prepare_metrics(folder, checkpoint, step)
+        run = RunFolder(folder, checkpoint, step, record, _reserve=_take_reserve(folder))
+        _begin(run, config, in_place)
+        run._held = stack.pop_all()
+        return run
+
+
+def _begin(run: RunFolder, config: Any, in_place: bool) -> None:
+    """Write what a run begins with; where that fails, run.json tells of it."""
+    folder, step = run.path, run.step
+    try:
+        _write_record(folder, run.record)  # first: without it nothing says that the folder is a run's
+        _prepare_metrics(folder, run.checkpoint, step)
         atomic.write_text(folder / "config.yaml", dump_config(config))
-        if in_place and checkpoint is not None:
-            rotate(folder, step, config.train.checkpoints_total_limit, keep=checkpoint)
-        reserve = atomic.temp_path(folder / "reserve")
-        atomic.write_bytes(reserve, os.urandom(_RESERVED))  # of bytes that no file system packs
-        return RunFolder(folder, checkpoint, step, record, stack.pop_all(), _reserve=reserve)
+        if in_place and run.checkpoint is not None:
+            rotate(folder, step, config.train.checkpoints_total_limit, keep=run.checkpoint)
+    except (QfluxError, OSError) as error:
+        failed = error if isinstance(error, QfluxError) else atomic.disk_error(error, folder)
+        if failed is None:
+            raise
+        with suppress(QfluxError, OSError):
+            run.finish(failed.exit_code, str(failed), step)
+        raise failed from error
 
 
 def run_folders(root: Path) -> list[Path]:
@@ -274,6 +288,13 @@ def _checkpoint_step(checkpoint: Path | None, identity: _Identity) -> tuple[int,
     return manifest["step"], identity.beside(manifest["identity"])
 
 
+def _take_reserve(folder: Path) -> Path:
+    """A file of bytes that no file system packs."""
+    reserve = atomic.temp_path(folder / "reserve")
+    atomic.write_bytes(reserve, os.urandom(_RESERVED))
+    return reserve
+
+
 def _write_record(folder: Path, record: Mapping[str, Any]) -> None:
     reach("record.before")
     atomic.write_json(folder / RECORD, record)
@@ -281,9 +302,9 @@ def _write_record(folder: Path, record: Mapping[str, Any]) -> None:
 
 
 def _sweep(folder: Path) -> None:
-    """Remove what a killed process left half-written, wherever a run writes."""
+    """Remove what a killed process left half-written, wherever a run writes; the lock is held."""
     for place in (folder, folder / SAMPLES, *(folder / SAMPLES).glob("*/")):
-        atomic.sweep(place)
+        atomic.sweep(place, alone=True)
 
 
 def _prepare_metrics(folder: Path, checkpoint: Path | None, step: int) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qflux.errors import NoSpace, UserError
+from qflux.errors import NoSpace, UserError, described
 from qflux.io import atomic
 from qflux.io.faults import reach
 from qflux.io.progress import say
@@ -132,7 +132,7 @@ class Tracker:
         full = atomic.disk_error(error, self._path.parent)
         if isinstance(full, NoSpace) and not closing:
             raise full from error
-        say(f"tracker {name} failed and is switched off, {METRICS} goes on: {type(error).__name__}: {error}")
+        say(f"tracker {name} failed and is switched off, {METRICS} goes on: {described(error)}")
 
     def _thread_failed(self, args: threading.ExceptHookArgs) -> None:
         """A tracker's own thread cannot write: the tracker raises it at its next call, a trace tells no more."""

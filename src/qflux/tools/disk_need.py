@@ -141,7 +141,7 @@ def _run(config: Config, plan: Plan, start: Start) -> list[Part]:
         told += lines * _SCALARS + looks * sum(pictures)
     saved = count * (plan.disk.checkpoint + 8 * BLOCK)
     if start.folder is not None:  # what a killed run left goes when this one has the folder for itself
-        saved = max(0, saved - atomic.left_bytes(start.folder))
+        saved = max(0, saved - atomic.left_bytes(start.folder, alone=True))
     shown = min(looks, _SHEETS) * min(sheet, _EMBEDDED) + _BEST * min(max(pictures, default=0), _EMBEDDED)
     return [
         Part(f"{count} checkpoint{'s' * (count > 1)}", root, saved, checkpoints),

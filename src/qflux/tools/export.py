@@ -62,7 +62,8 @@ def export_adapter(adapter: Path, fmt: str, folder: Traversable, out: Path | Non
     """Write an adapter file (or the one in a checkpoint's folder) in format ``fmt`` and return the new file.
 
     ``folder`` is the data folder of the family it was trained for. Without ``out`` the file lies beside the adapter;
-    only an earlier export may be overwritten. Bytes depend on the adapter alone.
+    only an earlier export may be overwritten. Bytes depend on the adapter alone. No lock is taken, so it may run beside
+    the training whose checkpoint it reads; of temp files there it removes only those of processes that are surely gone.
     Raises UserError listing what cannot be exported: no adapter, layers without a rule, DoRA in another tool's format.
     """
     if fmt not in FORMATS:

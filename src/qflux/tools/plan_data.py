@@ -265,7 +265,8 @@ def _recipe(config: Config, family: Family, stage: EncodeStage, dtype_bytes: int
         recipe["background"] = [255, 255, 255]
     if stage.kind == "image":
         return recipe | {"posterior": config.data.vae_posterior, "grid": [family.vae_scale, family.patch]}
-    return recipe | {"text_length": config.data.max_sequence_length or family.text_length}
+    length = {"text_length": config.data.max_sequence_length or family.text_length} if stage.text_length else {}
+    return recipe | length
 
 
 def _entry_tensors(

@@ -57,7 +57,8 @@ def cache_manager(trainer: BaseTrainer, memo: DigestMemo) -> CacheManager:
         if stage.kind == "image":
             recipe |= {"posterior": config.data.vae_posterior, "grid": [family.vae_scale, family.patch]}
         else:
-            recipe["text_length"] = trainer.text_length
+            if stage.text_length:
+                recipe["text_length"] = trainer.text_length
             methods = {name: method_of(config.model, family, name) for name in stage.components}
             if any(methods.values()):
                 recipe["quantized"] = methods

@@ -47,7 +47,7 @@ class FluxKontextTrainer(BaseTrainer):
         pipeline_class="FluxKontextPipeline",
         stages=(
             EncodeStage("vae", ("vae",), "image"),
-            EncodeStage("text_encoder", ("tokenizer", "text_encoder"), "text"),
+            EncodeStage("text_encoder", ("tokenizer", "text_encoder"), "text", text_length=False),
             EncodeStage("text_encoder_2", ("tokenizer_2", "text_encoder_2"), "text"),
         ),
         folder="flux",

@@ -19,7 +19,7 @@ from qflux.data.dataset import EditDataset
 from qflux.data.feeder import feed, to_device
 from qflux.data.geometry import sized_otherwise
 from qflux.data.order import Order
-from qflux.errors import BUG, DONE, Interrupted, NoSpace, QfluxError, RunStopped
+from qflux.errors import BUG, DONE, Interrupted, NoSpace, QfluxError, RunStopped, described
 from qflux.io import atomic
 from qflux.io.digests import DigestMemo
 from qflux.io.faults import reach
@@ -39,7 +39,6 @@ from qflux.trainer.memory import shortage
 from qflux.trainer.sampling import Validation
 from qflux.trainer.state import Weights, collect, read_weights
 from qflux.types import Batch, Step
-from qflux.validation.fence import described
 
 if TYPE_CHECKING:
     from qflux.trainer.base_trainer import BaseTrainer
@@ -129,8 +128,11 @@ class Opened:
     folder: RunFolder
 
 
-def open_training(trainer: BaseTrainer, place: Placement, resume: str | None) -> Opened:
-    """Data set, identity and run folder: everything that can be refused early."""
+def open_training(trainer: BaseTrainer, place: Placement, resume: str | None, stop: StopSignal) -> Opened:
+    """Data set, identity and run folder: everything that can be refused early.
+
+    From the folder on a signal is only noted: run.json has to tell of it.
+    """
     setup.check_targets(trainer)
     setup.check_steps(trainer)
     setup.check_attention(trainer)
@@ -145,7 +147,7 @@ def open_training(trainer: BaseTrainer, place: Placement, resume: str | None) ->
     notes = [SIZED_BY_CONFIG] if by_config and sized_otherwise(datasets[0].counts(), trainer.family) else []
     fingerprint = datasets[0].fingerprint()
     share = setup.samples_per_step(trainer, 1)
-    device = str(place.device)
+    device, stop.eager = str(place.device), False
     own = place.group.first(
         lambda: open_run(trainer.config, identity, resume, device=device, data=fingerprint, notes=notes, share=share)
     )
@@ -160,11 +162,11 @@ def open_training(trainer: BaseTrainer, place: Placement, resume: str | None) ->
 def fit(trainer: BaseTrainer, stop: StopSignal, resume: str | None) -> None:
     """Join the processes of the run, set up, train, and close the run's books however it ends."""
     with setup.joined(trainer) as place:
-        _fit(trainer, open_training(trainer, place, resume), stop)
+        _fit(trainer, open_training(trainer, place, resume, stop), stop)
 
 
 def _fit(trainer: BaseTrainer, opened: Opened, stop: StopSignal) -> None:
-    folder, stop.eager = opened.folder, False
+    folder = opened.folder
     code, reason = BUG, "ended by a bug"
     run: Run | None = None
     opened.place.group.on_loss = lambda code, reason: folder.finish(code, reason, opened.place.group.step)
@@ -229,7 +231,7 @@ def _report(folder: Path, end: dict[str, Any]) -> NoSpace | None:
         say(f"report: not written, {error}")
         return error
     except Exception as error:
-        say(f"report: not written, {type(error).__name__}: {error}")
+        say(f"report: not written, {described(error)}")
     return None
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
-from qflux.errors import Interrupted, NoSpace
+from qflux.errors import Interrupted, NoSpace, described
 from qflux.io.progress import say
 from qflux.models.loading import free
 
@@ -13,15 +13,6 @@ Value = TypeVar("Value")
 
 # A full disk ends a run with its own exit code, a signal with its own.
 _ENDS: tuple[type[Exception], ...] = (NoSpace, Interrupted)
-
-
-def described(error: BaseException) -> str:
-    """``Type: first line of its text`` in one line, also of an error without a text or with one that fails."""
-    try:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    except Exception:
-        lines = []
-    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
 
 
 def fenced(run: Callable[[], Value], what: str, passing: tuple[type[Exception], ...] = ()) -> Value | None:
