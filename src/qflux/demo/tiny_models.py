@@ -184,7 +184,7 @@ def _save(folder: Path, pipeline: type[DiffusionPipeline], parts: dict[str, Any]
     }
     parts["vae"].eval()
     parts["transformer"].eval()
-    with quiet_libraries():
+    with quiet_imports(), quiet_libraries():  # saving imports, too
         pipeline(**parts, **text).save_pretrained(folder)
     forget_origin(folder)
 
