@@ -8,11 +8,11 @@ damage     cache entries with flipped bits, cut, zeroed or swapped
 writers    SIGKILLs of four writers of one cache
 disk       a disk that fills up at a random place
 signals    SIGTERM and SIGINT at random places
-resumed    runs resumed, against runs that never stopped; there are 288 cases
 values     NaN and infinity at random places and steps
 sampling   failures of random kinds while a run draws
 media      damaged pictures
 hostile    damaged files of strangers
+resumed    runs resumed, against runs that never stopped; there are 288 cases
 
 Without a section all of them, one after another. Ends with 1 where anything was wrong. The same seed plants the same
 faults; where they hit is up to the machine. From ``damage`` on the sections are tests of the suite.
@@ -23,7 +23,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
-import re
 import statistics
 import subprocess
 import sys
@@ -88,26 +87,29 @@ def imported(name: str) -> Callable[[int, int], str]:
     return lambda trials, seed: importlib.import_module(f"faults.{name}").soak(trials, seed)
 
 
-def suite(file: str, *names: str) -> Callable[[int, int], str]:
-    """Tests of the suite, with so many trials."""
+@dataclass(frozen=True)
+class Suite:
+    """A test of the suite, in a process of its own, with so many trials."""
 
-    def run(trials: int, seed: int) -> str:
+    file: str
+    name: str
+
+    def __call__(self, trials: int, seed: int) -> str:
+        """pytest's last line; what it prints on the way is shown as it comes."""
         from faults import amounts
 
-        chosen = [f"{TESTS / 'faults' / file}::{name}" for name in names]
         environment = {**os.environ, amounts.TRIALS: str(trials), amounts.SEED: str(seed)}
         with tempfile.TemporaryDirectory(prefix="qflux-soak-", ignore_cleanup_errors=True) as folder:
-            words = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", f"--basetemp={folder}/tests", *chosen]
-            done = subprocess.Popen(words, env=environment, cwd=TESTS.parent, stdout=subprocess.PIPE, text=True)
-            assert done.stdout is not None
-            lines = []
-            for line in done.stdout:
-                lines.append(line)
+            words = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", f"--basetemp={folder}/tests"]
+            words.append(f"{TESTS / 'faults' / self.file}::{self.name}")
+            run = subprocess.Popen(words, env=environment, cwd=TESTS.parent, stdout=subprocess.PIPE, text=True)
+            assert run.stdout is not None
+            last = ""
+            for line in run.stdout:
                 print(line, end="", flush=True)
-        assert done.wait() == 0, f"{' '.join(names)} ended with {done.returncode}"
-        return next((line.strip() for line in reversed(lines) if re.search(r"\d passed", line)), "nothing passed")
-
-    return run
+                last = line.strip() or last
+        assert run.wait() == 0, f"{self.name} ended with {run.returncode}: {last}"
+        return last
 
 
 # Section → (trials where none are asked for, what makes so many and gives their figures or raises AssertionError).
@@ -116,11 +118,15 @@ SECTIONS: dict[str, tuple[int, Callable[[int, int], str]]] = {
     "kills": (200, imported("kills")),
     "configs": (100_000, imported("config_fuzz")),
     "memory": (20_000, imported("memory")),
-    "damage": (20_000, suite("test_cache.py", "test_all_damage_is_found_and_only_it_is_made_again")),
-    "writers": (200, suite("test_cache.py", "test_four_writers_and_their_kills")),
-    "disk": (100, suite("test_disk.py", "test_a_disk_that_fills_up_anywhere")),
-    "signals": (100, suite("test_signals.py", "test_stop_anywhere")),
-    "resumed": (288, suite("test_resume_pairs.py", "test_resumed_is_straight")),
+    "damage": (20_000, Suite("test_cache.py", "test_all_damage_is_found_and_only_it_is_made_again")),
+    "writers": (200, Suite("test_cache.py", "test_four_writers_and_their_kills")),
+    "disk": (100, Suite("test_disk.py", "test_a_disk_that_fills_up_anywhere")),
+    "signals": (100, Suite("test_signals.py", "test_stop_anywhere")),
+    "values": (150, Suite("test_nonfinite.py", "test_wherever_they_come")),
+    "sampling": (150, Suite("test_fenced.py", "test_any_error_anywhere")),
+    "media": (3000, Suite("test_media.py", "test_random_damage_is_listed_or_decoded")),
+    "hostile": (400, Suite("test_hostile.py", "test_random_damage_is_harmless_or_refused")),
+    "resumed": (288, Suite("test_resume_pairs.py", "test_resumed_is_straight")),
 }
 
 
