@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from qflux.config import Config, load_config
 from qflux.errors import BUG, DONE, Interrupted, QfluxError, UserError, interruption
 from qflux.io.atomic import disk_error
+from qflux.io.places import refuse_file
 from qflux.io.progress import say, speak_as, speaker
 from qflux.io.secrets import ADVICE, redacted_output, secret_in
 from qflux.runtime.signals import StopSignal, die_with_parent
@@ -181,13 +182,6 @@ def refuse_other_kind(config: Config, trainer_class: type[BaseTrainer], found: s
     )
 
 
-def refuse_file(out: Path | None) -> None:
-    """UserError where pictures cannot go to ``out``, because a file lies there or on the way."""
-    taken = next((path for path in (out, *out.parents) if path.exists()), None) if out else None
-    if taken is not None and not taken.is_dir():
-        raise UserError(f"--out: found {taken}, expected a folder; name another one")
-
-
 def opening(config: Config, args: argparse.Namespace) -> str:
     """The first line: what was understood, of which file."""
     what = f"training to step {config.train.max_train_steps}"
@@ -200,13 +194,14 @@ def run(args: argparse.Namespace, stop: StopSignal) -> int:
     """One mode, from a valid config on; the config is read before anything heavy is imported."""
     config = load_config(args.config, args.overrides)
     trainer_class = import_trainer(config)
+    if args.out is not None and not args.export:
+        refuse_file(args.out, "--out", "name another one")
     if args.check:
         return check(config, trainer_class, args)
     if args.plan:
         return plan(config, trainer_class, args)
     if args.export or args.push:
         return share(config, trainer_class, args)
-    refuse_file(args.out)
     datasets, found = ([], []) if args.sample else scan_all(config, trainer_class.family)
     problems = early_problems(config, trainer_class.family) + found
     if problems:

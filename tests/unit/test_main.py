@@ -100,11 +100,12 @@ def test_a_signal_that_a_library_wrapped_is_still_that_signal(tmp_path, monkeypa
     assert capsys.readouterr().err == "interrupted by signal 15\n"
 
 
+@pytest.mark.parametrize("mode", ["--sample", "--check", "--push=me/it"])
 @pytest.mark.parametrize("place", ["file", "file/below"])
-def test_samples_cannot_go_where_a_file_is(tmp_path, capsys, place):
+def test_nothing_goes_where_a_file_is(tmp_path, capsys, place, mode):
     (tmp_path / "file").touch()
     config = Path(__file__).parents[2] / "configs/demo_flux_kontext.yaml"
-    code = main_module.main(["--config", str(config), "--sample", "--out", str(tmp_path / place)])
+    code = main_module.main(["--config", str(config), mode, "--out", str(tmp_path / place)])
     said = capsys.readouterr().err
     assert (code, len(said.splitlines())) == (2, 1), said
-    assert said.startswith(f"--out: found {tmp_path / 'file'}, expected a folder")
+    assert said.startswith(f"--out: found {tmp_path / 'file'}, a file, expected a folder")

@@ -350,7 +350,7 @@ def test_a_folder_of_somebody_elses_is_not_touched(runs: Runs, hub: Hub, tmp_pat
     assert "samples/diary.txt" in problem
     assert files_of(mine) == {"samples/diary.txt"}
     assert "holds files" in refused(lambda: push(run, NAME, painter, out=run))[0]
-    assert "is a file" in refused(lambda: push(run, NAME, painter, out=mine / ".hidden"))[0]
+    assert ".hidden, a file, expected a folder" in refused(lambda: push(run, NAME, painter, out=mine / ".hidden"))[0]
     assert not hub.calls
     (mine / "samples" / "diary.txt").unlink()
     (mine / ".hidden").unlink()

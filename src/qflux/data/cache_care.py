@@ -20,6 +20,7 @@ from qflux.data.entry import CacheDamaged, made_by, read_entry
 from qflux.errors import UserError
 from qflux.io import atomic, digests, locks
 from qflux.io.json_files import strict_loads
+from qflux.io.places import refuse_file
 from qflux.io.progress import Progress
 from qflux.types import SampleSpec
 
@@ -96,7 +97,7 @@ class Verified:
 
 def verify(cache: CacheManager, wanted: Mapping[Name, Needed]) -> Verified:
     """Read every entry that is needed, whole; changes nothing and takes no lock."""
-    _refuse_file(cache.root)
+    refuse_file(cache.root, "cache.cache_dir", "name the cache's")
     found = Verified(cache.root)
     with Progress(len(wanted), "checking cache") as bar:
         for (stage, key), one in wanted.items():
@@ -144,7 +145,7 @@ def collect(cache: CacheManager, wanted: Mapping[Name, Needed]) -> Collected:
     An entry goes only where its name and its metadata are those that the cache gives; a link, another file or another
     folder is never touched. ``Locked`` when another process writes into this cache.
     """
-    _refuse_file(cache.root)
+    refuse_file(cache.root, "cache.cache_dir", "name the cache's")
     done = Collected(cache.root)
     if not cache.root.is_dir():
         return done
@@ -161,11 +162,6 @@ def collect(cache: CacheManager, wanted: Mapping[Name, Needed]) -> Collected:
             with suppress(OSError):
                 folder.rmdir()  # does nothing to a folder that holds anything
     return done
-
-
-def _refuse_file(root: Path) -> None:
-    if root.exists() and not root.is_dir():
-        raise UserError(f"cache.cache_dir: found {root}, a file, expected a folder; name the cache's")
 
 
 def _judge(path: Path, wanted: Mapping[Name, Needed], done: Collected) -> None:

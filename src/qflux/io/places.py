@@ -6,6 +6,8 @@ import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
 
+from qflux.errors import UserError
+
 _BIDI = "\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 
 
@@ -21,6 +23,13 @@ def is_inside(path: Path, roots: Iterable[Path]) -> bool:
         return False
     blobs = [part.parent / "blobs" for home in homes for part in home.parents if part.name == "snapshots"]
     return any(real.is_relative_to(home) for home in (*homes, *blobs))
+
+
+def refuse_file(folder: Path, key: str, advice: str) -> None:
+    """UserError where ``key`` cannot be that folder, because a file lies there or on the way to it."""
+    taken = next((path for path in (folder, *folder.parents) if path.exists()), None)
+    if taken is not None and not taken.is_dir():
+        raise UserError(f"{key}: found {taken}, a file, expected a folder; {advice}")
 
 
 def unprintable(text: str) -> bool:

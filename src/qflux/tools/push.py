@@ -24,6 +24,7 @@ from qflux.errors import UserError
 from qflux.io import atomic
 from qflux.io.digests import xxh3
 from qflux.io.faults import reach
+from qflux.io.places import refuse_file
 from qflux.io.progress import say
 from qflux.io.quiet import quiet_imports
 from qflux.io.tensors import read_metadata
@@ -224,8 +225,7 @@ def _comfyui_export(source: _Source) -> Path | None:
 
 def _refuse_others(folder: Path, files: list[str]) -> None:
     """A folder with other files in it is somebody's: nothing is written there, let alone uploaded."""
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"--out: {folder} is a file; name an empty folder, or none for one in the run's folder")
+    refuse_file(folder, "--out", "name an empty one, or none for one in the run's folder")
     written = json.loads((folder / WRITTEN).read_text(encoding="utf-8")) if (folder / WRITTEN).is_file() else []
     for name in set(written) - set(files):  # an earlier push's, and of no use any more
         if _OURS.fullmatch(str(name)):
