@@ -293,3 +293,27 @@ def test_lock_that_cannot_be_made_is_a_users_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot lock"), locks.hold(tmp_path / "file" / ".lock", "the cache"):
         pass
+
+
+def test_a_reserve_is_what_the_file_is_written_over(tmp_path):
+    room = atomic.reserve(tmp_path / "a.json", 16384)
+    taken = room.stat()
+    assert (taken.st_size, atomic.sweep(tmp_path)) == (16384, [])
+    atomic.write_json(tmp_path / "a.json", {"b": [1]}, room)
+    atomic.write_json(tmp_path / "b.json", {"b": [1]})
+    assert (tmp_path / "a.json").stat().st_ino == taken.st_ino
+    assert (tmp_path / "a.json").read_bytes() == (tmp_path / "b.json").read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "b.json"]
+
+
+@pytest.mark.parametrize("lost", [True, False])
+def test_a_reserve_that_is_no_use_is_given_back(tmp_path, monkeypatch, lost):
+    """It was taken away, or the file system writes every change elsewhere."""
+    room = atomic.reserve(tmp_path / "a.json", 100)
+    if lost:
+        room.unlink()
+    else:
+        monkeypatch.setenv("QFLUX_FAULT", f"write.during:{faults.arrivals['write.during'] + 1}:enospc")
+    atomic.write_json(tmp_path / "a.json", {"b": 1}, room)
+    assert json.loads((tmp_path / "a.json").read_text()) == {"b": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]

@@ -109,6 +109,25 @@ def test_auto_continues_a_killed_run_in_place_at_its_newest_sound_checkpoint(con
     run.close()
 
 
+def test_other_versions_of_the_libraries_are_told_and_not_refused(config, capsys):
+    path = crashed(config, 2)
+    with open_run(config, IDENTITY, "auto"):
+        assert "versions" not in capsys.readouterr().out
+    record = read_record(path)
+    now = record["versions"]["diffusers"]
+    for there, said in (("0.1.0", f"diffusers 0.1.0 there, {now} now"), (None, f"diffusers (absent) there, {now} now")):
+        record["versions"]["diffusers"] = there
+        (path / "run.json").write_text(json.dumps(record))
+        with open_run(config, IDENTITY, path / "checkpoint-000002"):
+            lines = [line for line in capsys.readouterr().out.splitlines() if "versions" in line]
+        assert len(lines) == 1
+        assert lines[0].endswith(f": {said}")
+        assert read_record(path)["versions"]["diffusers"] == now
+    (path / "run.json").write_text(json.dumps({**record, "versions": "all"}))
+    open_run(config, IDENTITY, "auto").close()
+    assert "versions" not in capsys.readouterr().out
+
+
 def test_auto_starts_at_zero_in_place_without_a_checkpoint(config):
     path = crashed(config)
     with open_run(config, IDENTITY, "auto") as run:
@@ -281,7 +300,7 @@ def test_a_live_run_is_locked(config):
 def test_finish_lets_the_lock_go_even_on_a_full_disk(config, monkeypatch):
     run = open_run(config, IDENTITY)
 
-    def fail(path, obj):
+    def fail(path, obj, room):
         raise OSError("disk")
 
     with monkeypatch.context() as patch:

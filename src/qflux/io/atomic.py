@@ -112,15 +112,16 @@ def _size(path: Path) -> int:
 
 
 @contextmanager
-def atomic_path(path: Path | str, need: int | None = None) -> Iterator[Path]:
+def atomic_path(path: Path | str, need: int | None = None, temp: Path | None = None) -> Iterator[Path]:
     """Yield a temp path beside ``path``; on success it is fsynced and renamed to ``path``, on an error removed.
 
     ``need`` is the size in bytes that is going to be written, for the message of ``NoSpace`` (raised when the disk or
     the quota is full); without it the message gives what had been written so far. Missing parent folders are made.
+    ``temp`` is a path of :func:`temp_path` to use in place of a fresh one.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temp = temp_path(path)
+    temp = temp or temp_path(path)
     try:
         reach("write.before")
         yield temp
@@ -166,9 +167,32 @@ def write_text(path: Path | str, text: str) -> None:
     write_bytes(path, text.encode())
 
 
-def write_json(path: Path | str, obj: object) -> None:
-    """Write JSON with sorted keys, indent 2 and a newline at the end; ``ValueError`` for NaN or infinity."""
-    write_text(path, json.dumps(obj, sort_keys=True, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+def write_json(path: Path | str, obj: object, room: Path | None = None) -> None:
+    """Write JSON with sorted keys, indent 2 and a newline at the end; ``ValueError`` for NaN or infinity.
+
+    ``room`` is a file of :func:`reserve`: its bytes are taken, so that a full disk does not matter.
+    """
+    text = json.dumps(obj, sort_keys=True, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+    if room is not None:
+        with suppress(NoSpace, FileNotFoundError):  # a file system that never writes in place gives the room back
+            _overwrite(path, text.encode(), room)
+            return
+    write_text(path, text)
+
+
+def reserve(path: Path | str, size: int) -> Path:
+    """A temp file beside ``path`` with ``size`` bytes that no file system packs."""
+    room = temp_path(path)
+    write_bytes(room, os.urandom(size))
+    _live.add(room.name)
+    return room
+
+
+def _overwrite(path: Path | str, data: bytes, room: Path) -> None:
+    with atomic_path(path, len(data), room) as temp, open(temp, "r+b", buffering=0) as handle:
+        reach("write.during")
+        handle.write(data)
+        handle.truncate()
 
 
 def write_png(path: Path | str, image: Any) -> None:

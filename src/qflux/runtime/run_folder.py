@@ -6,10 +6,7 @@ it ended (``exit_code`` is null while it runs and after a crash).
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
-import os
-import platform
 import re
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -36,13 +33,13 @@ from qflux.runtime.checkpoint import (
     verify_checkpoint,
 )
 from qflux.runtime.tracking import METRICS, trim_metrics
+from qflux.runtime.versions import version_changes, versions
 
 FORMAT = 1
 RECORD = "run.json"
 BATCH = "samples_per_step"  # the key of a run's identity that another number of processes keeps
 LOCK = ".lock"
 SAMPLES = "samples"
-_PACKAGES = ("qflux", "torch", "diffusers", "transformers", "peft", "accelerate")
 _ABSENT = "(absent)"
 _RESERVED = 16384  # bytes, more than run.json has
 
@@ -87,21 +84,17 @@ class RunFolder:
             return
         try:
             self.record.update(exit_code=exit_code, reason=redact(reason), step=step)
-            self._release()
-            _write_record(self.path, self.record)
+            _write_record(self.path, self.record, self._reserve)
         finally:
             self.close()
 
     def close(self) -> None:
         """Let the lock go; may be called twice."""
-        self._release()
-        self._held.close()
-
-    def _release(self) -> None:
         if self._reserve is not None:
             with suppress(OSError):
                 self._reserve.unlink()
             self._reserve = None
+        self._held.close()
 
     def __enter__(self) -> RunFolder:
         """Itself."""
@@ -157,7 +150,10 @@ def open_run(
         if taken:
             raise UserError(*(f"{path}: no checkpoint of this run (no {MANIFEST}); move it away" for path in taken))
         record = _record(config, settled, device, data, step, notes)
-        run = RunFolder(folder, checkpoint, step, record, _reserve=_take_reserve(folder))
+        there = None if checkpoint is None else read_record(checkpoint.parent)
+        if there is not None and (changed := version_changes(there.get("versions"), record["versions"])):
+            say(changed)
+        run = RunFolder(folder, checkpoint, step, record, _reserve=atomic.reserve(folder / RECORD, _RESERVED))
         _begin(run, config, in_place)
         run._held = stack.pop_all()
         return run
@@ -288,16 +284,9 @@ def _checkpoint_step(checkpoint: Path | None, identity: _Identity) -> tuple[int,
     return manifest["step"], identity.beside(manifest["identity"])
 
 
-def _take_reserve(folder: Path) -> Path:
-    """A file of bytes that no file system packs."""
-    reserve = atomic.temp_path(folder / "reserve")
-    atomic.write_bytes(reserve, os.urandom(_RESERVED))
-    return reserve
-
-
-def _write_record(folder: Path, record: Mapping[str, Any]) -> None:
+def _write_record(folder: Path, record: Mapping[str, Any], room: Path | None = None) -> None:
     reach("record.before")
-    atomic.write_json(folder / RECORD, record)
+    atomic.write_json(folder / RECORD, record, room)
     reach("record.after")
 
 
@@ -352,17 +341,6 @@ def _record(
         "reason": None,
         "step": step,
     }
-
-
-def versions() -> dict[str, str | None]:
-    """Versions of Python, qflux and the libraries under it, read without importing them; null: not installed."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
-    for name in _PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = None
-    return found
 
 
 def _commit() -> str | None:
