@@ -11,13 +11,14 @@ from typing import Any
 
 from qflux import demo
 from qflux.config import load_config
-from qflux.errors import DONE, QfluxError, UserError
+from qflux.errors import DONE, UserError
 from qflux.io.atomic import write_json
 from qflux.io.progress import say
-from qflux.main import GROUP, import_trainer, refuse_other_kind
+from qflux.main import import_trainer, refuse_other_kind
 from qflux.models.model_folder import model_class
 from qflux.parallel.placement import take_seat
 from qflux.tools import compare, selftest, selftest_formats
+from qflux.trainer import GROUP
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -81,11 +82,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one mode; expected failures become one line and an exit code."""
     args = parse(argv)
     trainers = {point.name: point.load() for point in entry_points(group=GROUP)}
-    try:
+
+    def chosen() -> int:
         return compare.run(tuple(args.compare), args, trainers) if args.compare else check(args, trainers)
-    except QfluxError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
+
+    return compare.ended(chosen, args.json)
 
 
 if __name__ == "__main__":

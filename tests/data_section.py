@@ -28,5 +28,6 @@ def data_section(*entries: Path | SimpleNamespace, **changes: Any) -> SimpleName
         "allow_missing_controls": False,
         "max_sequence_length": None,
         "auto_mask": None,
+        "caption_dropout_rate": 0.0,
     }
     return SimpleNamespace(**(base | changes))

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_networks import NETWORKS, Lora, draw, family, feed_forward, lists, loss_of, network
+from tiny_networks import NETWORKS, Lora, draw, family, feed_forward, lists, loss_of, network, quantize_in_place
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -23,7 +23,6 @@ from qflux.models.activations import set_checkpointing
 from qflux.models.adapters import add_adapter, prepare_full, rounded_copy
 from qflux.models.ema import Ema
 from qflux.models.optimizers import eval_mode, make_optimizer
-from qflux.models.quantize import quantize_in_place
 from qflux.parallel.group import Group
 from qflux.parallel.placement import Placement, Seat
 from qflux.parallel.sharded import ShardedPlacement

@@ -11,12 +11,25 @@ import torch
 from torch import Tensor, nn
 
 from qflux.demo import tiny_flux2, tiny_models, tiny_qwen
+from qflux.models import quantize
 from qflux.models.adapters import add_adapter, prepare_full
 from qflux.models.offload import Mover
 from qflux.types import Family
 
 DOUBLE, SINGLE = "transformer_blocks", "single_transformer_blocks"
 TEXT, TARGET, CONTROL = 24, (8, 8), (4, 8)
+
+
+def quantize_in_place(
+    model: nn.Module, method: str, block_lists: Sequence[str] = (), keep: Sequence[str] = ()
+) -> dict[str, str]:
+    """Quantize a loaded network layer by layer; returns what stayed, with reasons, see ``quantize.choose``."""
+    chosen, kept = quantize.choose(model, method, block_lists, keep)
+    make = quantize.Quantizer(method)
+    for name in chosen:
+        linear: Any = model.get_submodule(name)
+        quantize.replace(model, name, make(linear))
+    return kept
 
 
 def draw(*shape: int) -> Tensor:

@@ -62,11 +62,12 @@ OUR_LINES = [
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended: exit code, standard output and standard error."""
+    """How a run ended: exit code, standard output and standard error, in this process also the run folders it made."""
 
     code: int
     out: str
     err: str
+    made: frozenset[Path] = frozenset()
 
     @property
     def foreign(self) -> list[str]:
@@ -205,14 +206,17 @@ class Project:
     def run(self, *words: object) -> Outcome:
         """``qflux.main`` in this process; ``words`` are options and overrides."""
         self.captured.readouterr()
-        before = Path.cwd()
+        before, runs = Path.cwd(), self._runs()
         os.chdir(self.root)
         try:
             code = main(["--config", str(self.config), *map(str, words)])
         finally:
             os.chdir(before)
         out, err = self.captured.readouterr()
-        return Outcome(code, out, err)
+        return Outcome(code, out, err, self._runs() - runs)
+
+    def _runs(self) -> frozenset[Path]:
+        return frozenset(self.root.glob("runs/*/v*"))
 
     def train(self, *words: object, name: str = "tiny") -> Path:
         """A run that must end well; its folder."""

@@ -267,7 +267,7 @@ class ValidationSample(Section):
     prompt: str = Field(description="what to draw")
     controls: tuple[FilePath, ...] = Field(default=(), description="control images, in order")
     target: FilePath | None = Field(default=None, description="the right answer, shown beside and measured against")
-    mask: FilePath | None = Field(default=None, description="edit mask, for the metrics")
+    mask: FilePath | None = Field(default=None, description="edit mask: PSNR is told inside and outside it")
     size: Pixels | None = Field(
         default=None, description="[height, width] in pixels; null = by the rule of the data section"
     )

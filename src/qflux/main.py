@@ -15,16 +15,15 @@ from typing import TYPE_CHECKING
 from qflux.config import Config, load_config
 from qflux.errors import BUG, DONE, Interrupted, QfluxError, UserError, interruption
 from qflux.io.atomic import disk_error
-from qflux.io.places import refuse_file
+from qflux.io.places import local_folder, refuse_file
 from qflux.io.progress import say, speak_as, speaker
 from qflux.io.secrets import ADVICE, redacted_output, secret_in
 from qflux.runtime.signals import StopSignal, die_with_parent
+from qflux.trainer import GROUP
 from qflux.trainer.early import NO_MASKS, early_problems, scan_all, scan_held_out
 
 if TYPE_CHECKING:
     from qflux.trainer.base_trainer import BaseTrainer
-
-GROUP = "qflux.trainers"
 
 
 def trainer_names() -> list[str]:
@@ -142,9 +141,9 @@ def model_problems(config: Config, trainer_class: type[BaseTrainer], deep: bool 
     from qflux.models.model_folder import folder_problems, model_class, needed_components
     from qflux.tools.plan import planned_problems
 
-    folder = Path(config.model.pretrained_model_name_or_path).expanduser()
+    folder = local_folder(config.model.pretrained_model_name_or_path)
     try:
-        if folder.is_dir():
+        if folder is not None:
             problems = folder_problems(folder, needed_components(trainer_class.family))
             if problems:
                 return problems
@@ -165,7 +164,9 @@ def share(config: Config, trainer_class: type[BaseTrainer], args: argparse.Names
         push(Path(args.checkpoint or newest_run(config)), args.push, import_trainer, out=args.out)
         return DONE
     adapter = drawn_weights(args.adapter)
-    say(f"wrote {export_adapter(adapter, args.export, family_data(trainer_class), args.out)}")
+    family = trainer_class.family
+    network = family.folder or family.name
+    say(f"wrote {export_adapter(adapter, args.export, family_data(trainer_class), args.out, network)}")
     return DONE
 
 
@@ -208,7 +209,7 @@ def run(args: argparse.Namespace, stop: StopSignal) -> int:
         raise UserError(*problems)
     say(opening(config, args))  # what follows imports torch, which takes seconds
     from qflux.models.loading import resolve_model, torch_dtype
-    from qflux.models.memory_rules import stored_problems
+    from qflux.models.memory_rules import base_precision, stored_problems
     from qflux.models.model_folder import model_class, needed_components
 
     wanted = needed_components(trainer_class.family)
@@ -224,7 +225,7 @@ def run(args: argparse.Namespace, stop: StopSignal) -> int:
         planned = check_plan(config, trainer_class, datasets, folder)
     import torch
 
-    dtype = torch_dtype(config.train.mixed_precision if config.model.lora is not None else "no")
+    dtype = torch_dtype(base_precision(config))
     trainer = trainer_class(config, folder, dtype=dtype, device=torch.device("cpu"))
     if config.model.split_model_over_gpus:
         from qflux.tools.plan_start import split_planner

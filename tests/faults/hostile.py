@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import resource
 import struct
 import subprocess
 import sys
@@ -178,6 +179,7 @@ def trees() -> dict[str, bytes]:
 
 
 WATCHED: dict[str, str] = {}
+FENCE = 4 << 30  # bytes that a child may map; a file that asks for more shall not take the machine's memory
 
 
 def watch(result: str) -> None:
@@ -186,6 +188,8 @@ def watch(result: str) -> None:
 
     original: Callable[..., int] = module.run
     WATCHED["result"] = result
+    most = status("VmSize") + FENCE
+    resource.setrlimit(resource.RLIMIT_AS, (most, most))
 
     def run(*args: Any) -> int:
         Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
@@ -203,7 +207,7 @@ def disarm(result: str, guard: str) -> None:
     """In a child: as ``watch``, with a guard taken out."""
     from qflux.data import tables
     from qflux.io import json_files
-    from qflux.models import model_folder
+    from qflux.models import model_folder, optimizers
 
     watch(result)
     if guard == "places":
@@ -212,6 +216,8 @@ def disarm(result: str, guard: str) -> None:
         json_files._CONTAINERS = 1 << 40
     elif guard == "shards":
         model_folder.shard_names = lambda index: []  # type: ignore[assignment]
+    elif guard == "slots":
+        optimizers._slot_problems = lambda optimizer, slots: []
 
 
 def series(words: str) -> None:

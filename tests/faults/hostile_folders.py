@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import tarfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -89,8 +90,88 @@ def checkpoints() -> Iterator[Case]:
     yield case("adapter-other", "0 of", {ADAPTER: tensors({"a": entry()})})
     lost = b'{"dict": [["state", {"dict": [[0, {"dict": [["exp_avg", {"tensor": "x"}]]}]]}], ["param_groups", []]]}'
     yield case("optimizer-lost-tensor", r"optimizer\.json", {"optimizer.json": lost})
+    yield from states()
     for name, data in (("kind", b'{"call": "os.system"}'), ("bits", b'{"float": "zz"}'), ("two", b'{"a": 1, "b": 2}')):
         yield case(f"optimizer-{name}", r"optimizer\.json", {"optimizer.json": data})
+
+
+Tree = dict[str, Any]
+
+
+def _changed(name: str, change: Callable[[Any], object]) -> Callable[[Path, Base], list[object]]:
+    """A checkpoint with one JSON file, or the header of one file of tensors, changed in place."""
+
+    def make(folder: Path, base: Base) -> list[object]:
+        data = (base.checkpoint / name).read_bytes()
+        end = 8 + int.from_bytes(data[:8], "little") if name.endswith(".safetensors") else 0
+        tree = json.loads(data[8:end] if end else data)
+        change(tree)
+        return _checkpoint({name: tensors(tree, data[end:]) if end else json.dumps(tree).encode()})(folder, base)
+
+    return make
+
+
+def states() -> Iterator[Case]:
+    """Checkpoints whose manifest fits, with states that are not of this run or no step could go on from."""
+
+    def entry_of(table: Tree, word: str) -> Tree:
+        return next(value for key, value in sorted(table.items()) if word in key and len(value["shape"]) == 2)
+
+    def optimizer(tree: Tree) -> tuple[Tree, Tree]:
+        inner = dict(tree["dict"])
+        return inner["state"], inner["param_groups"][0]
+
+    def renamed(table: Tree) -> None:
+        table["another"] = table.pop(max(key for key in table if "exp_avg" in key))
+
+    def set_in(pairs: Tree, key: object, value: Any) -> None:
+        next(pair for pair in pairs["dict"] if pair[0] == key)[1] = value
+
+    def wrapped(slots: Tree) -> tuple[int, list[Any]]:
+        pairs = slots["dict"][0][1]["dict"]
+        place = next(place for place, pair in enumerate(pairs) if pair[0] == "step")
+        return place, ["step", {"tuple": [pairs[place][1]]}]
+
+    other: dict[str, tuple[str, Callable[[Tree], object]]] = {
+        "other-shape": (r"optimizer.*parameter \d+: exp_avg is \[\d+, \d+\] of float32, expected \[",
+                        lambda table: entry_of(table, "exp_avg")["shape"].reverse()),
+        "flat": (r"exp_avg_sq is \[\d+\] of float32, expected \[\d+, \d+\]",
+                 lambda table: entry_of(table, "exp_avg_sq").update(shape=[
+                     math.prod(entry_of(table, "exp_avg_sq")["shape"])])),
+        "other-dtype": ("of int32, expected .* of float32",
+                        lambda table: entry_of(table, "exp_avg").update(dtype="I32")),
+        "renamed": ("'another' is named nowhere", renamed),
+        "added": ("'another' is named nowhere", lambda table: table.update(another=entry(0, 0, (0,)))),
+    }  # fmt: skip
+    for name, (found, change) in other.items():
+        yield Case(f"checkpoint-optimizer-{name}", _changed("optimizer.safetensors", change), found, [])
+    numbers: dict[str, tuple[str, Callable[[Tree, Tree], object]]] = {
+        "less": (r"parameter 0: found \['exp_avg_sq', 'step'\], expected", lambda slots, _: _without(slots, "exp_avg")),
+        "more": (r"parameter 0: found .*'more'", lambda slots, _: slots["dict"][0][1]["dict"].append(["more", 1])),
+        "no-parameter": (r"state: found other entries", lambda slots, _: slots["dict"][0].__setitem__(0, 10_000)),
+        "step-in-a-tuple": (r"step is \(tensor\(1\.\),\), expected \[\] of float32",
+                            lambda slots, _: slots["dict"][0][1]["dict"].__setitem__(*wrapped(slots))),
+        "fewer-parameters": ("holds 1 parameters, the model trains", lambda _, group: set_in(group, "params", [0])),
+        "rate-a-text": ("param_groups: lr is 'x', expected a number", lambda _, group: set_in(group, "lr", "x")),
+        "rate-huge": ("param_groups: lr is 1e", lambda _, group: set_in(group, "lr", 1e300)),
+    }  # fmt: skip
+    for name, (found, change_both) in numbers.items():
+        made = _changed("optimizer.json", lambda tree, change=change_both: change(*optimizer(tree)))
+        yield Case(f"checkpoint-optimizer-{name}", made, found, [])
+    for key, value in (("step", -1), ("step", 7), ("samples", 0), ("batch", 0), ("seed", 1 << 70), ("step", True)):
+        made = _changed("state.json", lambda tree, key=key, value=value: tree.update({key: value}))
+        yield Case(f"checkpoint-state-{key}-{value}", made, r"state\.json.*expected", [])
+    for value in (-1, 7, "1", None, 1 << 70):
+        made = _changed("schedule.json", lambda tree, value=value: set_in(tree, "step", value))
+        yield Case(f"checkpoint-schedule-{value}", made, r"schedule\.json: step is .*, expected 1", [])
+
+
+def _without(slots: Tree, key: str) -> None:
+    """Leave a value of the first parameter out; its tensor goes on to be named elsewhere."""
+    pairs = slots["dict"][0][1]["dict"]
+    left = next(pair for pair in pairs if pair[0] == key)
+    pairs.remove(left)
+    slots["dict"][1][1]["dict"].append(["another", left[1]])
 
 
 def hubs() -> Iterator[Case]:

@@ -10,12 +10,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from cached_pictures import TEXTS, Entries, Place, all_of, write_mask, write_pictures
+from cached_pictures import TEXTS, WORDS, Entries, Place, all_of, write_mask, write_pictures
 from stand_in_cache import entries
 from tiny_project import blocks
 
+from qflux.config import load_config
 from qflux.demo import DEMOS
 from qflux.io.tensors import load_tensors, save_tensors
+from qflux.main import import_trainer
+from qflux.tools import disk_need
+from qflux.tools.plan import make_plan
 from qflux.trainer import encoding
 from qflux.trainer.flux_kontext_trainer import FluxKontextTrainer, FluxTrainer
 
@@ -254,3 +258,35 @@ def test_text_that_sees_controls_is_made_again_with_them(
         change(place, monkeypatch)
         place.run("--cache", *words)
         assert sorted(place.encoded) == sorted(expected)
+
+
+def test_captions_of_held_out_pairs_are_not_dropped(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Text that sees controls has an empty prompt a pair, in training alone; all that count entries say the same."""
+    project, held = place.project, place.project.root / "held"
+    project.model, project.cache = project.root / "seeing", project.root / "own"
+    DEMOS["qwen_image_edit"].write_model(project.model)
+    write_pictures(held)
+    for folder in (place.data, held):
+        (folder / "control_images" / "c_control_1.png").unlink()
+    for index, stem in enumerate("abc"):
+        blocks(60 + index, 64, 64).save(held / "control_images" / f"{stem}.png")
+    words = ["train.trainer=QwenImageEdit", "data.max_sequence_length=null", "data.control_plan=config"]
+    words += ["data.caption_dropout_rate=0.5", f"logging.validation={{steps: 2, held_out: {held}}}"]
+    project.write({})
+    text, image = 3 + 3 + 3, 3 + 3
+    config = load_config(project.config, [*WORDS, *words])
+    size = make_plan(config, import_trainer(config)).disk.cache
+    assert size is not None
+    assert size.entries == text + image
+    place.run("--cache", *words)
+    stages = [stage for stage, _ in place.encoded]
+    assert (stages.count("text_encoder"), stages.count("vae")) == (text, image)
+    assert f"{text + image} good (" in place.run("--cache", "verify", *words)
+    assert "deleted 0 entries" in place.run("--cache", "gc", *words)
+    needed: list[str] = []
+    monkeypatch.setattr(disk_need, "shortages", lambda parts: needed.extend(part.name for part in parts) or [])
+    place.encoded.clear()
+    place.run(*words, "train.max_train_steps=1")
+    assert place.encoded == []
+    assert "samples" in needed
+    assert "cache" not in needed

@@ -21,6 +21,7 @@ from PIL import Image
 from qflux.config import Config, load_config
 from qflux.demo.shapes import write_pairs
 from qflux.io.quiet import quiet_imports
+from qflux.io.tensors import read_metadata
 from qflux.main import import_trainer, main, trainer_names
 from qflux.trainer.base_trainer import HOOKS, OWNED, BaseTrainer
 from qflux.types import Batch, EditSample, EncodedSample, Family, Noised, Resize, SizePlan
@@ -163,6 +164,11 @@ def test_trains_resumes_and_draws_what_users_get(
     code, out, err = start("--sample", "--checkpoint", str(straight), "--out", str(tmp_path / "drawn"))
     assert code == 0, out + err
     assert Image.open(tmp_path / "drawn" / "sample-0.png").tobytes() == drawn.tobytes()
+
+    shared = tmp_path / "shared.safetensors"
+    code, out, err = start("--export", "diffusers", "--adapter", str(straight / last), "--out", str(shared))
+    assert code == 0, out + err
+    assert read_metadata(shared)["network"] == "aura_flow"
 
 
 def picture_of_a_user(model: Path, checkpoint: Path) -> Image.Image:

@@ -12,6 +12,7 @@ from tiny_project import Outcome, Project, adapter_bytes, finish, record
 def refused(done: Outcome, *words: str) -> list[str]:
     """Lines of a message that ends with code 2 and names ``words``, without a traceback and without a run folder."""
     assert done.code == 2, done.out + done.err
+    assert not done.made, "found before a run folder is made"
     assert "Traceback" not in done.out + done.err
     for word in words:
         assert word in done.err
@@ -36,6 +37,7 @@ def test_bad_config_in_a_real_process(project: Project) -> None:
     done = finish(project.start())
     refused(done, "run.yaml:", "max_step")
     assert done.out == ""
+    assert not (project.root / "runs").exists()
 
 
 def test_wrong_override(project: Project) -> None:
@@ -109,7 +111,8 @@ def test_resume_names_what_differs(project: Project) -> None:
 def test_resume_sees_changed_data(project: Project) -> None:
     project.train("train.max_train_steps=2")
     done = project.run("--resume", "auto", "train.max_train_steps=3", f"data.dataset_path={project.data.held}")
-    refused(done, "data")
+    _, *differing, _ = refused(done)
+    assert [line.split(maxsplit=1)[0] for line in differing] == ["data:"]
 
 
 @pytest.mark.parametrize("what", ["missing", "empty", "damaged"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
 from pathlib import Path
 
@@ -19,6 +20,28 @@ def test_a_mask_loss_without_masks_is_told(project: Project, tmp_path: Path) -> 
     assert NO_MASKS in project.run("--check", *words).out
     assert NO_MASKS in project.run(*words).out
     assert NO_MASKS not in project.run("--check", "train.loss.mask_loss=true").out
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("train.attention_backend=nativ", "train.attention_backend: found 'nativ', expected one of"),
+        ("model.lora.target_modules=nowhere", "model.lora.target_modules"),
+        ("train.optimizer={name: prodigy, lr: 1.0}", "train.optimizer.name: prodigy needs prodigyopt, which is not in"),
+    ],
+)
+def test_what_training_refuses_the_check_refuses_too(
+    project: Project, monkeypatch: pytest.MonkeyPatch, word: str, said: str
+) -> None:
+    """In the same words, and before there is a run folder."""
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "prodigyopt" else find(name, *a))
+    for mode in (["--check"], []):
+        done = project.run(*mode, word, f"cache.cache_dir={project.root / 'own'}")
+        assert done.code == 2
+        assert said in (done.out if mode else done.err)
+    assert not list((project.root / "own").rglob("*.safetensors"))
+    assert not list(project.root.glob("runs/*/v*"))
 
 
 @pytest.mark.parametrize("error", [MemoryError("planted"), RuntimeError("[DefaultCPUAllocator] can't allocate memory")])

@@ -24,8 +24,9 @@ from qflux.io.digests import DigestMemo
 from qflux.io.quiet import quiet_imports
 from qflux.main import import_trainer, main, trainer_names
 from qflux.models.patches import pack
+from qflux.tools.plan import planned_problems
 from qflux.trainer import setup
-from qflux.trainer.encoding import cache_manager, fill_cache, wanted_specs
+from qflux.trainer.encoding import cache_manager, fill_cache
 from qflux.trainer.flux2_trainer import Flux2KleinTrainer, Flux2Trainer
 from qflux.trainer.qwen_image_edit_plus_trainer import QwenImageEditPlusTrainer
 from qflux.trainer.qwen_image_edit_trainer import QwenImageEditTrainer
@@ -285,7 +286,7 @@ def test_text_that_sees_controls_is_cached_once_a_control_set(
     trainer = one.make(*places, "data.caption_dropout_rate=0.5")
     dataset = open_dataset(trainer.config.data, trainer.family)
     cache = cache_manager(trainer, DigestMemo(tmp_path / "memo.json"))
-    specs = wanted_specs(trainer, dataset)
+    specs = dataset.wanted(trainer.family.empty_prompt)
     keys = [cache.keys(spec)["text_encoder"] for spec in specs]
     assert [keys.index(key) for key in keys] == [0, 0, 2, 3, 3, 5]
     report = fill_cache(trainer, cache, specs, lambda i: dataset.load_unique(i % 3))
@@ -366,3 +367,5 @@ def test_one_step_of_a_stretched_schedule_is_refused(tiny: Callable[[str], Any])
     setup.check_steps(tiny("flux").make(sample, "logging.validation.num_inference_steps=1"))
     with pytest.raises(UserError, match="num_inference_steps: found 1, expected at least 2"):
         setup.check_steps(tiny("qwen_image").make(sample, "logging.validation.num_inference_steps=1"))
+    trainer = tiny("qwen_image").make(sample, "logging.validation.num_inference_steps=1")
+    assert any("found 1, expected at least 2" in line for line in planned_problems(trainer.config, type(trainer)))

@@ -26,6 +26,7 @@ from tiny_project import (
 
 from qflux.io.quiet import quiet_imports
 from qflux.trainer import flux_kontext_trainer, loop
+from qflux.validation.metrics import psnr
 
 STEPS, SEED, GUIDANCE, LENGTH = 3, 42, 2.5, 24
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16}
@@ -252,3 +253,46 @@ def test_sample_mode_draws_the_bare_model(project: Project) -> None:
     assert project.run("--sample", "--out", out, *words).code == 0
     expected = draw(fresh_pipeline(project.model, None), 0, PROMPT, project.data.control)
     assert np.array_equal(pixels(out / "sample-0.png"), expected)
+
+
+def test_sample_mode_draws_with_the_attention_that_was_asked_for(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with quiet_imports():
+        from diffusers import FluxTransformer2DModel
+    asked: list[str] = []
+    monkeypatch.setattr(FluxTransformer2DModel, "set_attention_backend", lambda model, name: asked.append(name))
+    words = settings(project, [[project.data.control]])
+    assert project.run("--sample", "--out", project.root / "a", *words).code == 0
+    assert asked == []
+    words.append("train.attention_backend=_native_math")
+    assert project.run("--sample", "--out", project.root / "b", *words).code == 0
+    assert asked == ["_native_math"]
+    monkeypatch.undo()
+    done = project.run("--sample", *words[:-1], "train.attention_backend=nonsense")
+    assert done.code == 2
+    assert "train.attention_backend: found 'nonsense'" in done.err
+
+
+def test_a_samples_mask_divides_its_score(project: Project) -> None:
+    held = project.data.held
+    pair = {"prompt": PROMPT, "controls": [str(project.data.control)], "mask": str(project.root / "mask.png")}
+    mask = Image.new("L", (64, 64))
+    mask.paste(255, (16, 16, 48, 48))
+    mask.save(pair["mask"])
+    samples = [pair, pair | {"target": str(held / "training_images" / "00100.png")}]
+    words = project.validating(4, samples=samples)
+    assert project.run("--sample", "--out", project.root / "drawn", *words).code == 0
+    unanswered, answered = json.loads((project.root / "drawn" / "scores.json").read_text())
+    drawn = Image.open(project.root / "drawn" / "sample-0.png").convert("RGB")
+    control = Image.open(project.data.control).convert("RGB")
+    assert unanswered["outside"] == psnr(drawn, control, mask, inside=False)
+    assert (unanswered["reference"], answered["reference"]) == ("control", "target")
+    assert {"score", "inside", "outside"} <= answered.keys()
+
+
+def test_a_checkpoint_of_another_kind_is_refused_in_words(project: Project) -> None:
+    run = project.train("train.max_train_steps=1", "train.checkpointing_steps=1")
+    done = project.run("--sample", "--checkpoint", run, "model.lora=null", *project.validating())
+    assert done.code == 2
+    assert "expected a checkpoint of full training" in done.err

@@ -11,13 +11,12 @@ from typing import Any
 import pytest
 import torch
 from fake_devices import MISSING, FakeDevices
-from tiny_networks import NETWORKS, Lora, family, lists, loss_of, network
+from tiny_networks import NETWORKS, Lora, family, lists, loss_of, network, quantize_in_place
 from torch import Tensor, nn
 
 from qflux.demo import tiny_models
 from qflux.models.activations import named_blocks, set_checkpointing
 from qflux.models.adapters import add_adapter, load_adapter, save_adapter, trainable, verify_adapter
-from qflux.models.quantize import quantize_in_place
 from qflux.parallel.split import apply_split
 
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=MISSING)

@@ -335,3 +335,20 @@ def test_full_training_opens_with_from_pretrained(tmp_path):
     assert b"somewhere" not in (folder / "config.json").read_bytes()
     opened = diffusers.FluxTransformer2DModel.from_pretrained(tmp_path, subfolder="transformer", use_safetensors=True)
     assert torch.equal(output(opened.eval()), output(model))
+
+
+def test_a_network_of_another_structure_is_refused(tmp_path):
+    model = transformer()
+    path = adapters.save_full(tmp_path, model) / adapters.FULL_WEIGHTS_FILE
+    adapters.load_full(tmp_path, model)
+    name, *_, last = sorted(state := load_tensors(path))
+    save_tensors(path, {**{k: v for k, v in state.items() if k != name}, "more.weight": state[name], last: state[name]})
+    with pytest.raises(UserError) as caught:
+        adapters.load_full(tmp_path, model)
+    lacks, unexpected, shapes = caught.value.problems
+    assert f"lacks {name}; is it of another model?" in lacks
+    assert "has unexpected more.weight; is it" in unexpected
+    assert f"1 tensors have another shape, e.g. {last} {list(state[name].shape)} in the file, " in shapes
+    path.unlink()
+    with pytest.raises(UserError, match=r"no weights .* expected a checkpoint of full training"):
+        adapters.load_full(tmp_path, model)

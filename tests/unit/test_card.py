@@ -186,9 +186,9 @@ def test_a_whole_network_is_a_finetune(config: Any) -> None:
     assert not {"lora", "template:sd-lora"} & set(card.data.tags)
     code = code_of(text)
     assert "load_lora_weights" not in code
-    loaded = 'PainterTransformer.from_pretrained("me/red-paint", subfolder="transformer", dtype=torch.bfloat16)'
+    loaded = 'PainterTransformer.from_pretrained("me/red-paint", subfolder="transformer", dtype=torch.float32)'
     assert f"transformer = {loaded}" in code
-    assert 'from_pretrained("acme/painter", dtype=torch.bfloat16, transformer=transformer)' in code
+    assert 'from_pretrained("acme/painter", dtype=torch.float32, transformer=transformer)' in code
     assert not section(text, "Use in ComfyUI")
     assert "| trained | the whole network |" in text
 

@@ -112,8 +112,10 @@ def test_local_folder(model_folder, tmp_path):
             loading.resolve_model(text)
 
 
-def test_only_what_is_needed_is_fetched(model_folder, monkeypatch):
+def test_only_what_is_needed_is_fetched(model_folder, monkeypatch, tmp_path):
     calls = []
+    (tmp_path / "owner" / "some-model").mkdir(parents=True)  # where the program is started does not matter
+    monkeypatch.chdir(tmp_path)
 
     def fetch(name, **options):
         calls.append((name, options))

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from tiny_networks import quantize_in_place
 
 from qflux.config import Config
 from qflux.config_values import METHODS
@@ -175,7 +176,7 @@ def test_bytes_of_a_weight_are_those_of_the_layer(method, shape):
     chosen, kept = quantize.choose(model, method)
     assert (unfit(method, *shape) is None) == ("blocks.0" in chosen) == ("blocks.0" not in kept)
     if "blocks.0" in chosen:
-        quantize.quantize_in_place(model, method)
+        quantize_in_place(model, method)
         assert quantize.stored(model)["blocks.0"][1] == memory_rules.packed_bytes(method, *shape, 2)
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import sys
 
 import pytest
@@ -201,6 +202,86 @@ def test_state_of_another_run_is_refused():
         optimizers.load_optimizer_state(make("adamw_schedule_free", model), state)
     with pytest.raises(UserError, match="holds 4 parameters, the model trains 2"):
         optimizers.load_optimizer_state(make("adamw", model[0]), state)
+
+
+def set_at(tree, path, value):
+    *inner, last = path
+    for key in inner:
+        tree = tree[key]
+    if value is None:
+        del tree[last]
+    else:
+        tree[last] = value
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "value", "line"),
+    [
+        (
+            "adamw",
+            ("state", 2, "exp_avg"),
+            torch.zeros(64, 8),
+            r"parameter 2: exp_avg is \[64, 8\] of float32, expect",
+        ),
+        ("adamw", ("state", 0, "exp_avg_sq"), torch.zeros(64, 96).double(), "of float64, expected .* of float32"),
+        (
+            "adamw",
+            ("state", 0, "exp_avg"),
+            None,
+            r"parameter 0: found \['exp_avg_sq', 'step'\], expected ",
+        ),
+        ("adamw", ("state", 0, "more"), 1, "parameter 0: found .*'more'"),
+        ("adamw", ("state", 4), {}, "other entries than of the parameters 0 to 3"),
+        ("adamw", ("state", 0, "step"), torch.tensor(-1.0), r"step is -1\.0, expected \[\] of float32"),
+        ("adamw", ("state", 0, "step"), torch.tensor(float("nan")), "step is nan, expected"),
+        ("adamw", ("state",), [], "other entries"),
+        ("adamw", ("param_groups", 0, "params"), [0, 1], "holds 2 parameters, the model trains 4"),
+        ("adamw", ("param_groups", 0, "params", 1), torch.zeros(3), "holds 3 parameters, the model trains 4"),
+        ("adamw", ("param_groups",), None, "no state of an optimizer"),
+        ("adamw8bit", ("state", 0, "step"), "9", r"step is '9', expected a number \(int\)"),
+        ("adamw8bit", ("state", 0, "__bnb_optimizer_quant_state__", "absmax1"), torch.zeros(2), r"absmax1 is \[2\]"),
+        ("prodigy", ("state", 0, "p0"), torch.zeros(3), r"p0 is \[3\] of float32, expected \[6144\]"),
+        ("prodigy", ("param_groups", 0, "k"), -1, r"k is -1, expected a number \(int\)"),
+        ("prodigy", ("param_groups", 0, "d"), None, r"d is None, expected a number \(float\)"),
+        ("adafactor", ("state", 0, "exp_avg_sq_row"), torch.zeros(96), r"exp_avg_sq_row is \[96\]"),
+        ("adafactor", ("state", 1, "step"), 1 << 200, r"step is 1606.*, expected a number \(int\)"),
+        ("adamw_schedule_free", ("state", 0, "z"), torch.zeros(1), r"z is \[1\] of float32, expected \[64, 96\]"),
+        ("adamw_schedule_free", ("param_groups", 0, "lr_max"), 1e200, r"lr_max is 1e\+200, expected a number"),
+    ],
+)
+def test_state_that_no_step_could_go_on_from_is_refused(name, path, value, line):
+    model = make_model()
+    optimizer = make(name, model)
+    run(model, optimizer, range(2))
+    state = copy.deepcopy(optimizers.optimizer_state(optimizer))
+    optimizers.load_optimizer_state(make(name, model), copy.deepcopy(state))
+    set_at(state, path, value)
+    with pytest.raises(UserError, match=line) as error:
+        optimizers.load_optimizer_state(make(name, model), state)
+    assert len(error.value.problems) == 1
+
+
+def test_settings_are_of_the_config_not_of_the_state():
+    model = make_model()
+    optimizer = make("prodigy", model)
+    run(model, optimizer, range(2))
+    state = copy.deepcopy(optimizers.optimizer_state(optimizer))
+    state["param_groups"][0] |= {"betas": "x", "d0": 0.0, "d": 0.5, "foreign": 1}
+    optimizer = make("prodigy", model)
+    optimizers.load_optimizer_state(optimizer, state)
+    group = optimizer.param_groups[0]
+    assert (group["betas"], group["d0"], group["d"], group["k"]) == ((0.9, 0.999), 1e-6, 0.5, 2)
+    assert "foreign" not in group
+
+
+def test_an_adapter_of_zeros_goes_on_with_prodigy():
+    model = make_model()
+    torch.nn.init.zeros_(model[0].weight)
+    optimizer = make("prodigy", model)
+    run(model, optimizer, range(2))
+    state = optimizers.optimizer_state(optimizer)
+    assert state["state"][0]["p0"].ndim == 0
+    optimizers.load_optimizer_state(make("prodigy", model), copy.deepcopy(state))
 
 
 def test_execution_is_not_taken_from_the_state():

@@ -142,6 +142,25 @@ def test_a_folder_that_is_quantized_already_stays_as_it_is(method, tmp_path):
     assert packed < 2 * 32 * 64 * 2
 
 
+@pytest.mark.parametrize("state", ['{"shape": ["a", 2]}', '{"shape": 3}', "[]", "{", '{"shape": [1e3]}', "{}"])
+def test_a_packed_weight_that_does_not_tell_its_shape_is_one_line(state, tmp_path):
+    (tmp_path / "net").mkdir()
+    told = torch.frombuffer(bytearray(state.encode()), dtype=torch.uint8)
+    packed = {"up.weight": torch.zeros(64, 1, dtype=torch.uint8), "up.weight.quant_state.bitsandbytes__nf4": told}
+    save_tensors(tmp_path / "net" / "a.safetensors", packed)
+    with pytest.raises(UserError, match=r"a\.safetensors: not a readable safetensors file: [^\n]*quant_state"):
+        folder_layout(tmp_path, "net")
+
+
+def test_offsets_that_lie_are_one_line(tmp_path):
+    (tmp_path / "net").mkdir()
+    entry = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+    header = json.dumps({"a": entry, "b": {**entry, "shape": [1 << 40]}}).encode()
+    (tmp_path / "net" / "a.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
+    with pytest.raises(UserError, match=r"a\.safetensors: not a readable safetensors file: .*offsets"):
+        folder_layout(tmp_path, "net")
+
+
 def test_blocks_of_which_only_some_are_quantized_on_the_disk_are_summed_one_by_one(tmp_path):
     """Published 4-bit repositories leave single layers of single blocks plain, often those of the first."""
     with quiet_imports():

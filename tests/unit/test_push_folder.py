@@ -26,3 +26,12 @@ def test_hidden_files_are_somebodys_too(tmp_path):
     (tmp_path / ".netrc").write_text("an upload by hand would take it along")
     with pytest.raises(UserError, match=r"holds files that are not of this push: \.netrc"):
         push._refuse_others(tmp_path, ["README.md"])
+
+
+@pytest.mark.parametrize("note", [b'["mine.txt"', b"\xff", b'{"mine.txt": 1}', b'["mine.txt", 3]', b"[" * 100_000])
+def test_an_altered_note_is_one_line_and_deletes_nothing(tmp_path, note):
+    (tmp_path / "mine.txt").write_text("mine")
+    (tmp_path / push.WRITTEN).write_bytes(note)
+    with pytest.raises(UserError, match=rf"--out: .*{push.WRITTEN}.*move it away"):
+        push._refuse_others(tmp_path, ["README.md"])
+    assert (tmp_path / "mine.txt").read_text() == "mine"

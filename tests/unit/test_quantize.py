@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from native_layouts import network
+from tiny_networks import quantize_in_place
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
@@ -100,7 +101,7 @@ def inputs(folder, dtype):
 def quantized_network(folder, method=None, dtype=torch.bfloat16):
     model = network(folder).to(dtype)
     if method is not None:
-        assert quantize.quantize_in_place(model, method, BLOCK_LISTS[folder]) == {}
+        assert quantize_in_place(model, method, BLOCK_LISTS[folder]) == {}
     return model
 
 
@@ -146,7 +147,7 @@ def test_weights_at_the_bounds_between_two_numbers(kind):
     near = [torch.nextafter(bounds, torch.full_like(bounds, way)) for way in (-2, 2)]
     weight = torch.cat([torch.ones(1), bounds, *near, -bounds, torch.zeros(2), -torch.ones(1)]).view(1, -1)
     expected, _ = bnb.functional.quantize_4bit(weight, blocksize=64, quant_type=kind)
-    found = quantize.quantized(nn.Linear(weight.shape[1], 1), f"bnb-{kind}", weight)
+    found = quantize.Quantizer(f"bnb-{kind}")(nn.Linear(weight.shape[1], 1), weight)
     assert torch.equal(found.weight.data, expected)
 
 
@@ -268,7 +269,7 @@ def test_memory_to_work_in_is_shared(method):
     plain = [linear(300, 1024), linear(20, 320, torch.float32)]
     made = [make(layer) for layer in (*plain, *plain)]
     for layer, again, alone in zip(made[:2], made[2:], plain, strict=True):
-        expected = quantize.quantized(alone, method, dtype=torch.bfloat16).packed()
+        expected = quantize.Quantizer(method, torch.bfloat16)(alone).packed()
         for name, value in expected.items():
             assert torch.equal(layer.packed()[name], value)
             assert torch.equal(again.packed()[name], value)
@@ -277,7 +278,7 @@ def test_memory_to_work_in_is_shared(method):
 def test_a_weight_is_cast_first():
     plain = linear(dtype=torch.float32)
     for method in METHODS:
-        once = quantize.quantized(plain, method, dtype=torch.bfloat16).packed()
+        once = quantize.Quantizer(method, torch.bfloat16)(plain).packed()
         twice = quantize.quantized(linear().bfloat16(), method).packed()
         assert all(torch.equal(value, twice[name]) for name, value in once.items())
 
@@ -306,7 +307,7 @@ def test_bytes_of_a_network():
     assert quantize.weight_bytes(model) == sum(value.nbytes for value in model.parameters())
     weights = {name: part.weight.nbytes for name, part in model.named_modules() if isinstance(part, nn.Linear)}
     before = quantize.weight_bytes(model)
-    quantize.quantize_in_place(model, "quanto-int8", BLOCK_LISTS["flux"])
+    quantize_in_place(model, "quanto-int8", BLOCK_LISTS["flux"])
     found = quantize.stored(model)
     saved = sum(weights[name] - size for name, (_, size) in found.items())
     assert quantize.weight_bytes(model) == before - saved
@@ -345,7 +346,7 @@ def test_choose_keeps_what_it_is_told_and_what_does_not_fit():
     }
     assert quantize.choose(model, "bnb-nf4")[1] == {"blocks.2.one": "has 33 inputs, an odd number"}
     assert quantize.choose(model, "bnb-int8", ["tail"]) == (["tail.0"], {})
-    assert quantize.quantize_in_place(model, "bnb-nf4", keep=["ff"]).keys() == {
+    assert quantize_in_place(model, "bnb-nf4", keep=["ff"]).keys() == {
         "blocks.0.ff",
         "blocks.1.ff",
         "blocks.2.one",

@@ -111,6 +111,16 @@ def test_a_finished_run_in_one_self_contained_file(run):
     assert write_report(run).read_text() == text
 
 
+def test_every_logged_step_that_was_skipped_is_counted(run):
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        line["skipped"] = int(line["step"] in (7, 30, 31)) if "loss" in line else None
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert "<b>3 of 100</b><span>logged steps skipped: not finite</span>" in page_of(run)
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line | {"skipped": 0}) + "\n" for line in lines))
+    assert "not finite" not in page_of(run)
+
+
 def test_in_the_middle_of_a_run_and_after_a_crash(run):
     record = json.loads((run / "run.json").read_text())
     (run / "run.json").write_text(json.dumps({**record, "exit_code": None, "reason": None, "step": 0}))

@@ -6,12 +6,16 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from qflux.errors import Interrupted
 from qflux.runtime import signals
 from qflux.runtime.signals import StopSignal, die_with_parent, started_by_launcher
+
+SINGLE = Path(__file__).parents[2] / "accelerate_configs" / "single.yaml"
 
 
 @pytest.fixture
@@ -65,7 +69,24 @@ def test_outside_the_main_thread_nothing_is_installed():
 def test_only_launched_workers_follow_their_parent(monkeypatch):
     assert not started_by_launcher()
     assert die_with_parent() is False
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    for name in ("LOG_LEVEL", "MIXED_PRECISION", "USE_CPU", "DYNAMO_BACKEND"):
+        monkeypatch.setenv(f"ACCELERATE_{name}", "no")
+    assert not started_by_launcher(), "a user's own settings are no launcher"
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert started_by_launcher()
+
+
+@pytest.mark.usefixtures("plain_environment")
+def test_a_worker_of_accelerates_simple_launcher_is_known(monkeypatch):
+    from accelerate.commands.launch import launch_command, launch_command_parser
+
+    def started(command: list[str], env: dict[str, str]) -> SimpleNamespace:
+        assert "LOCAL_RANK" not in env
+        monkeypatch.setattr(os, "environ", env)
+        return SimpleNamespace(wait=lambda: None, returncode=0)
+
+    monkeypatch.setattr(subprocess, "Popen", started)
+    launch_command(launch_command_parser().parse_args(["--config_file", str(SINGLE), "-m", "qflux.main"]))
     assert started_by_launcher()
 
 

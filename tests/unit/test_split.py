@@ -23,6 +23,7 @@ from tiny_networks import (
     lists,
     loss_of,
     net,
+    quantize_in_place,
     step,
 )
 from torch import Tensor, nn
@@ -30,7 +31,6 @@ from torch import Tensor, nn
 from qflux.errors import UserError
 from qflux.models.activations import set_checkpointing
 from qflux.models.adapters import add_adapter, trainable
-from qflux.models.quantize import quantize_in_place
 from qflux.parallel.split import (
     Split,
     apply_split,

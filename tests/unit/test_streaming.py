@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import pytest
 import torch
+from tiny_networks import quantize_in_place
 from torch import nn
 
 from qflux.config_values import METHODS
@@ -16,7 +17,8 @@ from qflux.errors import UserError
 from qflux.io.quiet import quiet_imports
 from qflux.io.tensors import load_tensors, save_tensors
 from qflux.models import number_formats, quantize, streaming
-from qflux.models.loading import free, load_module, read_config
+from qflux.models.loading import free, load_module
+from qflux.models.model_folder import read_config
 from qflux.models.streaming import load_streaming
 
 with quiet_imports():
@@ -142,7 +144,7 @@ def test_streamed_is_loaded_then_quantized(family, name, method):
     cls = class_of(folder, "transformer")
     lists = BLOCK_LISTS[:1] if name == "qwen_image_edit" else BLOCK_LISTS
     expected = load_module(cls, folder, "transformer", torch.bfloat16)
-    quantize.quantize_in_place(expected, method, lists, ["norm1"])
+    quantize_in_place(expected, method, lists, ["norm1"])
     found = load_streaming(
         cls, folder, "transformer", torch.bfloat16, quantize=method, keep=["norm1"], block_lists=lists
     )
@@ -173,7 +175,7 @@ def test_shards(copied, family):
     shard(copied / "transformer", 5)
     same(load_streaming(FLUX, copied, "transformer", torch.bfloat16), expected)
     found = load_streaming(FLUX, copied, "transformer", torch.bfloat16, quantize="bnb-nf4")
-    quantize.quantize_in_place(expected, "bnb-nf4")
+    quantize_in_place(expected, "bnb-nf4")
     same(found, expected)
 
 
@@ -354,7 +356,7 @@ def test_text_encoders_in_fp32_files(family, name, tmp_path, monkeypatch):
         cls = class_of(family(name), component)
         load(cls, family(name), component, torch.float32).save_pretrained(tmp_path / component)
         expected = load(cls, tmp_path, component, torch.bfloat16)
-        quantize.quantize_in_place(expected, "quanto-int8", keep=cls._keep_in_fp32_modules or ())
+        quantize_in_place(expected, "quanto-int8", keep=cls._keep_in_fp32_modules or ())
         asked.clear()
         found = load_streaming(cls, tmp_path, component, torch.bfloat16, quantize="quanto-int8")
         assert asked == [torch.float32]

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from PIL import Image
 
@@ -23,9 +23,6 @@ from qflux.errors import UserError
 from qflux.io.atomic import sweep, write_png
 from qflux.io.progress import Progress
 from qflux.types import Family, ShapeKey, Size
-
-if TYPE_CHECKING:
-    from qflux.io.digests import DigestMemo
 
 SHEET_NAME = "data_check.png"
 _MOST_PAIRS = 500  # compared: a fifth of a second each at 1024 x 1024
@@ -121,17 +118,13 @@ class CheckReport:
 
 
 def check_data(
-    data_config: Any,
-    family: Family,
-    out_dir: Path | None = None,
-    memo: DigestMemo | None = None,
-    progress: bool | None = None,
+    data_config: Any, family: Family, out_dir: Path | None = None, progress: bool | None = None
 ) -> CheckReport:
     """Open the data set, decode every picture, count; with ``out_dir`` also draw ``data_check.png`` there.
 
     Nothing found in the data is raised: it is in the report. ``progress`` None shows a bar on a terminal only.
     """
-    dataset = scan(data_config, family, memo=memo)
+    dataset = scan(data_config, family)
     pictures = list(_pictures(dataset))
     show = sys.stdout.isatty() if progress is None else progress
     damaged, notes = _decode(pictures, dataset.background, show)

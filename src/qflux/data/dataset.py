@@ -9,7 +9,7 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +46,7 @@ class EditDataset:
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     auto_mask: Any = None  # data.auto_mask
+    dropout: float = 0.0  # data.caption_dropout_rate, of what is trained
 
     def __len__(self) -> int:
         return sum(len(part) * repeats for part, repeats in self.passes)
@@ -66,6 +67,11 @@ class EditDataset:
         if spec is None:
             raise UserError(*self.problems)
         return spec
+
+    def wanted(self, empty_prompt: str) -> list[SampleSpec]:
+        """Specs of all that is read of it: of every sample once, then each with the empty prompt if captions drop."""
+        specs = [spec for spec in self.specs if spec is not None]
+        return specs + [replace(spec, prompt=empty_prompt) for spec in specs if self.dropout > 0]
 
     def shape_key(self, index: int) -> ShapeKey:
         """Sizes of target and controls of sample ``index``; equal keys can share a micro-batch."""
@@ -101,9 +107,10 @@ class EditDataset:
 def open_dataset(
     data_config: Any, family: Family, entries: Sequence[Any] | None = None, memo: DigestMemo | None = None
 ) -> EditDataset:
-    """Open ``data_config.dataset_path``, or ``entries`` in its place. ``UserError`` lists every problem found.
+    """Open ``data_config.dataset_path``, or ``entries`` in its place, whose captions are never dropped.
 
-    Entries have ``path`` or ``repo_id``, ``split``, ``repeats``, ``control_path`` and ``mask_path``.
+    Entries have ``path`` or ``repo_id``, ``split``, ``repeats``, ``control_path`` and ``mask_path``. ``UserError``
+    lists every problem found.
     """
     dataset = scan(data_config, family, entries, memo)
     if dataset.problems:
@@ -139,8 +146,9 @@ def scan(
     unique_problems = list(dict.fromkeys(problems))
     if data_config.auto_mask is not None and not any(spec and spec.mask for spec in specs):
         notes.append("data.auto_mask: no sample has a first control of its target's aspect, no mask can be made")
-    background = tuple(data_config.background_color)
-    return EditDataset(records, specs, passes, background, unique_problems, notes, data_config.auto_mask)
+    background, auto_mask = tuple(data_config.background_color), data_config.auto_mask
+    dropout = data_config.caption_dropout_rate if entries is None else 0.0
+    return EditDataset(records, specs, passes, background, unique_problems, notes, auto_mask, dropout)
 
 
 def load_sample(
@@ -199,7 +207,7 @@ def sample_from_config(
     problems = size_problems(data_config, family)
     sizes_usable = not problems
     prompt = _prompt(record, data_config, family, problems, empty_allowed=True)
-    _check_controls(record, data_config, family, problems, none_allowed=True)
+    _check_controls(record, family, problems, none_allowed=True)
     sizes = _plan(record, data_config, family, problems, sample.size) if sizes_usable else None
     if sizes is None or problems:
         raise UserError(*problems)
@@ -229,7 +237,7 @@ def _spec(
     """The spec of one record, or None and what is wrong with it."""
     problems: list[str] = []
     prompt = _prompt(record, data_config, family, problems, data_config.allow_missing_captions)
-    _check_controls(record, data_config, family, problems, data_config.allow_missing_controls)
+    _check_controls(record, family, problems, data_config.allow_missing_controls)
     if record.target is None:
         problems.append(f"{record.label}: found no target, expected a picture")
     sizes = _plan(record, data_config, family, problems) if sizes_usable else None
@@ -278,9 +286,7 @@ def _prompt(record: SampleRecord, data_config: Any, family: Family, problems: li
     return prompt.replace(TRIGGER, data_config.trigger_word or "")
 
 
-def _check_controls(
-    record: SampleRecord, data_config: Any, family: Family, problems: list[str], none_allowed: bool
-) -> None:
+def _check_controls(record: SampleRecord, family: Family, problems: list[str], none_allowed: bool) -> None:
     count, (least, most) = len(record.controls), family.controls
     if not least <= count <= most:
         expected = str(least) if least == most else f"{least} to {most}"

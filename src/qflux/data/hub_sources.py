@@ -105,11 +105,11 @@ def _refuse_elsewhere(folder: Path) -> None:
                 )
 
 
-def read_hub(source: Path | str, split: str = "train", revision: str | None = None) -> Found:
+def read_hub(source: Path | str, split: str = "train") -> Found:
     """All samples of a split, without their pictures' bytes."""
     found = Found()
     try:
-        dataset = open_hub(source, split, revision)
+        dataset = open_hub(source, split)
     except UserError as error:
         found.problems += error.problems
         return found
@@ -239,6 +239,7 @@ def _column(column: pyarrow.ChunkedArray) -> list[Any]:
     import pyarrow
     import pyarrow.compute
 
+    column.validate(full=True)  # offsets of a damaged file would be followed anywhere
     if pyarrow.types.is_struct(column.type):
         paths = pyarrow.compute.struct_field(column, "path").to_pylist()
         sizes = pyarrow.compute.binary_length(pyarrow.compute.struct_field(column, "bytes")).to_pylist()

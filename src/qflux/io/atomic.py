@@ -2,7 +2,8 @@
 
 A reader sees the old file or the new one, never a part. A killed process leaves only temp files, whose names carry its
 number and its :func:`qflux.io.owner.owner`; :func:`sweep` removes those and nothing else. The one file that grows,
-``metrics.jsonl``, grows by whole lines (:class:`Lines`). No other module opens a file for writing.
+``metrics.jsonl``, grows by whole lines (:class:`Lines`). Nothing outside ``qflux.io`` opens a file for writing, but the
+cache, whose marks of damaged entries are empty files, and the demo, whose folders its command makes again.
 """
 
 from __future__ import annotations

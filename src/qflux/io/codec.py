@@ -76,6 +76,15 @@ def decode_tree(obj: Any, found: dict[str, Tensor]) -> Any:
     raise ValueError(f"not an encoded tree: {kind!r}")
 
 
+def _names(obj: Any) -> set[str]:
+    """The tensors that an encoded tree names."""
+    if isinstance(obj, list):
+        return set().union(*map(_names, obj))
+    if not isinstance(obj, dict):
+        return set()
+    return set().union(*({value} if kind == "tensor" else _names(value) for kind, value in obj.items()))
+
+
 def save_state(folder: Path | str, name: str, obj: object) -> None:
     """Write a tree to ``<name>.safetensors`` and ``<name>.json`` in ``folder``, each atomically, the JSON last."""
     tree, found = encode_tree(obj)
@@ -94,6 +103,9 @@ def load_state(folder: Path | str, name: str) -> Any:
         raise UserError(f"{path}: not a readable state file: {error}") from error
     found = tensors.load_tensors(path.with_suffix(".safetensors"))
     try:
+        unnamed = sorted(found.keys() - _names(tree))
+        if unnamed:
+            raise ValueError(f"the tensor {unnamed[0][:60]!a} is named nowhere")
         return decode_tree(tree, found)
     except (KeyError, ValueError, TypeError, RecursionError, struct.error) as error:
         raise UserError(f"{path}: does not belong to {path.with_suffix('.safetensors').name}: {error}") from error

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 from qflux.errors import UserError
 from qflux.io.json_files import SIZE_LIMIT, strict_loads
@@ -118,9 +118,9 @@ def _entry(name: str, record: Any) -> Entry:
     dtype, shape, offsets = record["dtype"], record["shape"], record["data_offsets"]
     if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
         raise ValueError(f"{here} is of an unknown dtype {str(dtype)[:40]!a}")
-    if not _is_sizes(shape) or len(shape) > _MOST_AXES:
+    if not is_sizes(shape) or len(shape) > _MOST_AXES:
         raise ValueError(f"{here} has the shape {str(shape)[:60]}")
-    if not _is_sizes(offsets) or len(offsets) != 2:
+    if not is_sizes(offsets) or len(offsets) != 2:
         raise ValueError(f"{here} has the offsets {str(offsets)[:60]}")
     start, end = offsets
     if end - start != math.prod(shape) * ITEM_BYTES[dtype]:
@@ -128,5 +128,6 @@ def _entry(name: str, record: Any) -> Entry:
     return Entry(dtype, tuple(shape), start, end)
 
 
-def _is_sizes(value: Any) -> bool:
+def is_sizes(value: Any) -> TypeGuard[list[int]]:
+    """Whether a value of JSON is a list of whole numbers that can be sizes or offsets."""
     return isinstance(value, list) and all(type(item) is int and 0 <= item < 1 << 63 for item in value)

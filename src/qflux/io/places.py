@@ -25,6 +25,12 @@ def is_inside(path: Path, roots: Iterable[Path]) -> bool:
     return any(real.is_relative_to(home) for home in (*homes, *blobs))
 
 
+def local_folder(name: str) -> Path | None:
+    """The folder that a loaded config's model is: its path is absolute there; None for a hub id, or where none is."""
+    path = Path(name)
+    return path if path.is_absolute() and path.is_dir() else None
+
+
 def refuse_file(folder: Path, key: str, advice: str) -> None:
     """UserError where ``key`` cannot be that folder, because a file lies there or on the way to it."""
     taken = next((path for path in (folder, *folder.parents) if path.exists()), None)

@@ -10,7 +10,7 @@ import contextlib
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -212,8 +212,7 @@ def _refuse_mismatch(path: Path, found: Mapping[str, Tensor], state: Mapping[str
     problems = []
     for what, names in (("lacks", state.keys() - found.keys()), ("has unexpected", found.keys() - state.keys())):
         if names:
-            shown, more = ", ".join(sorted(names)[:_SHOWN]), len(names) - _SHOWN
-            problems.append(f"{path}: {what} {shown}{f' and {more} more' if more > 0 else ''}; check {KEY}")
+            problems.append(f"{path}: {what} {_listed(names)}; check {KEY}")
     wrong = [name for name in sorted(found.keys() & state.keys()) if found[name].shape != state[name].shape]
     if wrong:
         first = wrong[0]
@@ -225,10 +224,17 @@ def _refuse_mismatch(path: Path, found: Mapping[str, Tensor], state: Mapping[str
         raise UserError(*problems)
 
 
+def _listed(names: Iterable[str]) -> str:
+    """The first names of many."""
+    ordered = sorted(names)
+    more = len(ordered) - _SHOWN
+    return f"{', '.join(ordered[:_SHOWN])}{f' and {more} more' if more > 0 else ''}"
+
+
 def _refuse_other_scaling(path: Path, model: Any) -> None:
     config = model.peft_config[ADAPTER]
     wanted = config.lora_alpha / config.r
-    saved = _saved_config(path)
+    saved = saved_config(path)
     alpha, rank = saved.get("lora_alpha"), saved.get("r")
     if not all(value is None or (type(value) in (int, float) and value > 0) for value in (alpha, rank)):
         raise UserError(f"{path}: its LoRA config has r {rank!a} and lora_alpha {alpha!a}, expected numbers above 0")
@@ -241,8 +247,11 @@ def _refuse_other_scaling(path: Path, model: Any) -> None:
         )
 
 
-def _saved_config(path: Path) -> dict[str, Any]:
-    """The LoRA config that came with an adapter file: its metadata, or PEFT's file beside it; empty if neither."""
+def saved_config(path: Path) -> dict[str, Any]:
+    """The LoRA config that came with an adapter file: its metadata, or PEFT's file beside it; empty if neither.
+
+    Its names are without the component's prefix. UserError where it cannot be read.
+    """
     text = read_metadata(path).get(METADATA_KEY)
     beside = path.with_name("adapter_config.json")
     try:
@@ -320,6 +329,26 @@ def save_full(
 
 
 def load_full(folder: Path, model: Any, component: str = "transformer") -> None:
-    """Put the weights that ``save_full`` wrote back into the network, all of them."""
+    """Put the weights that ``save_full`` wrote back into the network, all of them.
+
+    Raises UserError where the file is missing, or its tensors are not the network's in name and shape.
+    """
+    path = folder / component / FULL_WEIGHTS_FILE
+    if not path.is_file():
+        raise UserError(f"no weights {path}; with model.lora: null expected a checkpoint of full training")
+    found, state = load_tensors(path), model.state_dict()
+    problems = []
+    for what, names in (("lacks", state.keys() - found.keys()), ("has unexpected", found.keys() - state.keys())):
+        if names:
+            problems.append(f"{path}: {what} {_listed(names)}; is it of another model?")
+    wrong = {name for name in found.keys() & state.keys() if found[name].shape != state[name].shape}
+    if wrong:
+        first = min(wrong)
+        problems.append(
+            f"{path}: {len(wrong)} tensors have another shape, e.g. {first} {list(found[first].shape)} in the file, "
+            f"{list(state[first].shape)} in the model; is it of another model?"
+        )
+    if problems:
+        raise UserError(*problems)
     _own_memory(model)
-    model.load_state_dict(load_tensors(folder / component / FULL_WEIGHTS_FILE), strict=True)
+    model.load_state_dict(found, strict=True)

@@ -17,9 +17,9 @@ import torch
 
 from qflux.errors import UserError
 from qflux.io.digests import blake3_file, blake3_json
-from qflux.io.json_files import read_object
+from qflux.io.places import local_folder
 from qflux.io.quiet import quiet_imports
-from qflux.models.model_folder import KEY, folder_problems, pickled_only, read_index
+from qflux.models.model_folder import KEY, folder_problems, pickled_only, read_config, read_index
 
 if TYPE_CHECKING:
     from qflux.io.digests import DigestMemo
@@ -43,9 +43,9 @@ def resolve_model(name_or_path: str | Path, revision: str | None = None, compone
     ``components`` names the component folders that are needed; none named means all of them.
     Raises UserError for a folder that lacks one, and for a hub model that is gated, missing or out of reach.
     """
-    folder = Path(name_or_path).expanduser()
-    if not folder.is_dir():
-        text = str(name_or_path)
+    text = str(name_or_path)
+    folder = local_folder(text)
+    if folder is None:
         if not _HUB_ID.fullmatch(text):
             raise UserError(f"{KEY}: no folder {text}, and this is not a hub id (owner/name) either")
         folder = _download(text, revision, components)
@@ -194,16 +194,17 @@ def load_plain(cls: type, folder: Path, component: str) -> Any:
         part = cls.from_pretrained(folder, subfolder=component, local_files_only=True, **own)  # type: ignore[attr-defined]
     if hasattr(part, "get_vocab") and len(part.get_vocab()) <= len(part.added_tokens_decoder):
         raise UserError(f"{KEY}: {folder / component} has no vocabulary; fetch the tokenizer's files again")
+    encoder = component.replace("tokenizer", "text_encoder")
+    if hasattr(part, "get_vocab") and encoder != component and (folder / encoder).is_dir():
+        config, last = read_config(folder, encoder), max(part.get_vocab().values())
+        inner = config.get("text_config")
+        size = (inner if isinstance(inner, dict) else config).get("vocab_size", last + 1)
+        if not isinstance(size, int) or last >= size:
+            raise UserError(
+                f"{KEY}: {folder / component} has a token {last}, expected at most {size} tokens, the vocab_size of "
+                f"{folder / encoder}; fetch the tokenizer's files again"
+            )
     return part
-
-
-def read_config(folder: Path, component: str) -> dict[str, Any]:
-    """A component's JSON config, without building the component."""
-    names = ("config.json", f"{component}_config.json")
-    for path in (folder / component / name for name in names):
-        if path.is_file():
-            return read_object(path, KEY)
-    raise UserError(f"{folder / component}: found neither {' nor '.join(names)}; {KEY} must name a diffusers folder")
 
 
 def pipeline_options(folder: Path, pipeline_class: type) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from typing import Any
 from qflux.config import Config, ModelConfig
 from qflux.config_values import METHODS
 from qflux.io.json_files import read_object
+from qflux.models.model_folder import KEY
 from qflux.types import Family
 
 ADVICE = {"quanto-int2": "2 bits a weight leave little of what the network learned; for trials only"}
@@ -35,6 +36,11 @@ def method_of(model: ModelConfig, family: Family, component: str) -> str | None:
         return None
     wanted = model.quantize_text_encoders
     return (wanted.get(component) if isinstance(wanted, Mapping) else wanted) or None
+
+
+def base_precision(config: Config) -> str:
+    """no | bf16 | fp16: the dtype the base is loaded in, also to draw; full training keeps its weights in fp32."""
+    return config.train.mixed_precision if config.model.lora is not None else "no"
 
 
 def text_components(family: Family) -> tuple[str, ...]:
@@ -178,7 +184,7 @@ def stored_problems(config: Config, family: Family, folder: Path) -> list[str]:
 
 
 def _read(path: Path) -> Mapping[str, Any]:
-    return read_object(path, "model.pretrained_model_name_or_path") if path.is_file() else {}
+    return read_object(path, KEY) if path.is_file() else {}
 
 
 def matches(name: str, patterns: Sequence[str]) -> bool:

@@ -92,6 +92,9 @@ def _config_problems(path: Path) -> Iterator[str]:
     except UserError as error:
         yield from (line.removeprefix(f"{KEY}: ") for line in error.problems)
         return
+    axes, width = config.get("axes_dims_rope"), config.get("attention_head_dim")
+    if axes is not None and width is not None and not (_are_counts(axes) and sum(axes) == width):
+        yield f"{path}: axes_dims_rope is {str(axes)[:60]}, expected numbers whose sum is attention_head_dim: {width}"
     for name, value in _settings(config):
         if name in _ATTENTION and "/" in str(value):
             yield f"{path}: {name} names {str(value)[:100]!a}, code of others to be fetched; remove that line"
@@ -99,6 +102,10 @@ def _config_problems(path: Path) -> Iterator[str]:
             yield f"{path}: {name} names {str(value)[:100]!a}; expected weights under their usual names"
         elif type(value) is int and value > _MOST_LAYERS and ("layers" in name or "blocks" in name):
             yield f"{path}: {name} is {str(value)[:40]}, at most {_MOST_LAYERS} are built; fetch the config again"
+
+
+def _are_counts(value: Any) -> bool:
+    return isinstance(value, list) and all(type(number) is int and number > 0 for number in value)
 
 
 def _settings(config: dict[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -112,6 +119,15 @@ def _settings(config: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 def read_index(folder: Path) -> dict[str, Any]:
     """The content of ``model_index.json``; UserError where it is missing or damaged."""
     return read_object(folder / "model_index.json", KEY)
+
+
+def read_config(folder: Path, component: str) -> dict[str, Any]:
+    """A component's JSON config, without building the component."""
+    names = ("config.json", f"{component}_config.json")
+    for path in (folder / component / name for name in names):
+        if path.is_file():
+            return read_object(path, KEY)
+    raise UserError(f"{folder / component}: found neither {' nor '.join(names)}; {KEY} must name a diffusers folder")
 
 
 def model_class(folder: Path) -> str:

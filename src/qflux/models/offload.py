@@ -86,11 +86,6 @@ class Offload:
         vars(model)[_DDP_IGNORES] = [name for name, t in tensors if name.startswith(inside) and not t.requires_grad]
         self._ring.ahead(range(ring))
 
-    @property
-    def resident_peak(self) -> int:
-        """Most blocks whose weights were on the device at one time, the resident ones included."""
-        return self.resident + self._ring.peak
-
     def close(self) -> None:
         """Bring all weights back to the device they streamed to, as ordinary tensors. A second call does nothing."""
         for visits in self._visits:
@@ -283,7 +278,7 @@ class _Ring:
     """Slots on the device. Block ``i`` only ever visits slot ``i % ring``."""
 
     def __init__(self, hosts: Sequence[_HostBlock], ring: int, mover: Mover) -> None:
-        self.hosts, self.mover, self.peak = hosts, mover, 0
+        self.hosts, self.mover = hosts, mover
         sizes = [max(host.nbytes for host in hosts[first::ring]) for first in range(min(ring, len(hosts)))]
         self.slots, self.nbytes = [_Slot(mover.slot(size)) for size in sizes], sum(sizes)
         for index, host in enumerate(hosts):
@@ -323,7 +318,6 @@ class _Ring:
         # The slot's last user has been enqueued, whether it was released or an error came between.
         slot.arrival = self.mover.copy(slot.memory, self.hosts[index].pieces, self.mover.mark())
         slot.holds, slot.lent = index, False
-        self.peak = max(self.peak, sum(other.holds is not None for other in self.slots))
 
 
 class _Visits:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.util
 import io
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -31,9 +32,20 @@ _SETTINGS: dict[str, frozenset[str]] = {
     "adafactor": frozenset(),
     "adamw_schedule_free": frozenset({"betas", "eps"}),
 }
-# How a loop over parameters is executed belongs to the process, not to the run: it is not taken from a saved state.
-_EXECUTION = ("foreach", "fused", "capturable", "differentiable")
+# name → (its package, how to get it), where that is not one that qflux always has
+_PACKAGES = {
+    "adamw8bit": ("bitsandbytes", "pip install bitsandbytes"),
+    "prodigy": ("prodigyopt", "pip install qflux[optimizers]"),
+    "adamw_schedule_free": ("schedulefree", "pip install qflux[optimizers]"),
+}
+# What training itself changes in a group of parameters. All else is of the config, or of the process (how a loop over
+# parameters is executed), and not taken from a saved state.
+_MOVING = frozenset(
+    {"lr", "k", "d", "d_max", "d_hat", "d_numerator", "d_denom", "weight_sum", "lr_max", "scheduled_lr"}
+)
+_LARGEST = 1e30  # of a count or a number in a saved state: powers of larger ones overflow
 _PRODIGY_LEAST_LR = 1e-2
+_SHOWN = 3
 
 
 def optimizer_problems(cfg: Any) -> list[str]:
@@ -49,6 +61,9 @@ def optimizer_problems(cfg: Any) -> list[str]:
         for key in ("betas", "eps")
         if key not in _SETTINGS[name] and _wanted(cfg, key)
     ]
+    package, hint = _PACKAGES.get(name, (None, ""))
+    if package is not None and importlib.util.find_spec(package) is None:
+        problems.append(f"train.optimizer.name: {name} needs {package}, which is not installed; {hint}")
     if name == "prodigy" and cfg.lr < _PRODIGY_LEAST_LR:
         problems.append(
             f"train.optimizer.lr: {cfg.lr:g} with prodigy, which estimates the step itself and multiplies it by lr; "
@@ -78,13 +93,14 @@ def _wanted(cfg: Any, key: str) -> bool:
     return bool(getattr(cfg, key) != type(cfg).model_fields[key].get_default(call_default_factory=True))
 
 
-def _package(module: str, name: str, hint: str) -> Any:
+def _package(name: str) -> Any:
+    package, hint = _PACKAGES[name]
     try:
         with quiet_imports():
-            return importlib.import_module(module)
-    except ImportError as error:
+            return importlib.import_module(package)
+    except ImportError as error:  # it is there, something that it needs is not
         raise UserError(
-            f"train.optimizer.name: {name} needs a package that is not installed ({error}); {hint}"
+            f"train.optimizer.name: {name} needs {package}, which cannot be loaded ({error}); {hint}"
         ) from None
 
 
@@ -96,23 +112,23 @@ def _adamw(params: Params, settings: dict[str, Any]) -> Optimizer:
 
 
 def _adamw8bit(params: Params, settings: dict[str, Any]) -> Optimizer:
-    return _package("bitsandbytes", "adamw8bit", "pip install bitsandbytes").optim.AdamW8bit(params, **settings)
+    return _package("adamw8bit").optim.AdamW8bit(params, **settings)
 
 
 def _prodigy(params: Params, settings: dict[str, Any]) -> Optimizer:
-    module = _package("prodigyopt", "prodigy", "pip install qflux[optimizers]")
+    module = _package("prodigy")
     with contextlib.redirect_stdout(io.StringIO()):  # its constructor prints
         return module.Prodigy(params, **settings)
 
 
 def _adafactor(params: Params, settings: dict[str, Any]) -> Optimizer:
-    module = _package("transformers.optimization", "adafactor", "pip install transformers")
-    return module.Adafactor(params, **settings, relative_step=False, scale_parameter=False, warmup_init=False)
+    with quiet_imports():
+        from transformers.optimization import Adafactor
+    return Adafactor(params, **settings, relative_step=False, scale_parameter=False, warmup_init=False)
 
 
 def _schedule_free(params: Params, settings: dict[str, Any]) -> Optimizer:
-    module = _package("schedulefree", "adamw_schedule_free", "pip install qflux[optimizers]")
-    optimizer = module.AdamWScheduleFree(params, **settings)
+    optimizer = _package("adamw_schedule_free").AdamWScheduleFree(params, **settings)
     optimizer.train()
     return optimizer
 
@@ -123,6 +139,13 @@ _BUILDERS: dict[str, Callable[[Params, dict[str, Any]], Optimizer]] = {
     "prodigy": _prodigy,
     "adafactor": _adafactor,
     "adamw_schedule_free": _schedule_free,
+}
+_CLASSES = {
+    "AdamW": "adamw",
+    "AdamW8bit": "adamw8bit",
+    "Prodigy": "prodigy",
+    "Adafactor": "adafactor",
+    "AdamWScheduleFree": "adamw_schedule_free",
 }
 
 
@@ -211,19 +234,116 @@ def optimizer_state(optimizer: Optimizer) -> dict[str, Any]:
 
 
 def load_optimizer_state(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
-    """Put a state of ``optimizer_state`` back, bit for bit. Raises UserError when it is of another optimizer."""
+    """Put a state of ``optimizer_state`` back, bit for bit.
+
+    Raises UserError when it is of another optimizer or of other parameters, or was altered so that a step would fail.
+    """
+    if not isinstance(state, Mapping) or not {"class", "state", "param_groups"} <= state.keys():
+        raise UserError("found no state of an optimizer, expected its class, state and param_groups")
     found, expected = state["class"], type(optimizer).__name__
     if found != expected:
         raise UserError(
-            f"train.optimizer.name: the checkpoint's optimizer state is of {found}, the config asks for {expected}"
+            f"the optimizer's state is of {str(found)[:40]!a}, expected {expected}, as train.optimizer.name says"
         )
-    groups = [dict(group) for group in state["param_groups"]]
-    counts = [len(group["params"]) for group in groups], [len(group["params"]) for group in optimizer.param_groups]
-    if counts[0] != counts[1]:
+    groups, slots = _groups(optimizer, state["param_groups"]), state["state"]
+    problems = _slot_problems(optimizer, slots)
+    if problems:
+        more = len(problems) - _SHOWN
+        raise UserError(*problems[:_SHOWN], *([f"and {more} more like these"] if more > 0 else []))
+    optimizer.load_state_dict({"state": slots, "param_groups": groups})
+
+
+def _groups(optimizer: Optimizer, saved: Any) -> list[dict[str, Any]]:
+    """The groups to go on with: saved numbers where training changes them, else what the optimizer has now."""
+    lists = [group.get("params") for group in saved if isinstance(group, dict)] if isinstance(saved, list) else []
+    numbers = [[index for index in ids if type(index) is int] for ids in lists if isinstance(ids, list)]
+    sizes = [len(group["params"]) for group in optimizer.param_groups]
+    starts = [sum(sizes[:position]) for position in range(len(sizes))]
+    if numbers != [list(range(start, start + size)) for start, size in zip(starts, sizes, strict=True)]:
         raise UserError(
-            f"the checkpoint's optimizer state holds {sum(counts[0])} parameters, the model trains {sum(counts[1])}; "
+            f"the optimizer's state holds {sum(map(len, numbers))} parameters, the model trains {sum(sizes)}; they must be the same: "
             "was the adapter's rank or target list changed?"
         )
-    for saved, current in zip(groups, optimizer.param_groups, strict=True):
-        saved |= {key: current[key] for key in _EXECUTION if key in current}
-    optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
+    return [_group(one, current) for one, current in zip(saved, optimizer.param_groups, strict=True)]
+
+
+def _group(saved: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str, Any]:
+    numbers = {key: value for key, value in saved.items() if key in _MOVING}
+    wanted = {key: current.get(key, 0.0) for key in (_MOVING & current.keys()) | numbers.keys()}
+    for key, example in sorted(wanted.items()):
+        found = _form(numbers.get(key))
+        if found != _form(example):
+            raise UserError(f"param_groups: {key} is {found}, expected {_form(example)}")
+    merged = {**current, **numbers, "params": saved["params"]}
+    order = dict.fromkeys([*(key for key in saved if key in merged), *merged])
+    return {key: merged[key] for key in order}
+
+
+def _slot_problems(optimizer: Optimizer, slots: Any) -> list[str]:
+    """What of a saved state is not as this optimizer makes it for its parameters, a line each."""
+    params = _parameters(optimizer)
+    if not isinstance(slots, Mapping) or not all(type(index) is int and index in range(len(params)) for index in slots):
+        return [f"state: found other entries than of the parameters 0 to {len(params) - 1}"]
+    known: dict[Any, list[dict[str, str]]] = {}
+    problems = []
+    for index, slot in slots.items():
+        param = params[index]
+        kind = (param.shape, param.dtype, param.device)
+        if kind not in known:
+            known[kind] = _slot_forms(type(optimizer).__name__, param)
+        found = _forms(slot)
+        if found in known[kind]:
+            continue
+        wanted = known[kind][0]
+        if found.keys() != wanted.keys():
+            problems.append(f"parameter {index}: found {_listed(found)}, expected {_listed(wanted)}")
+            continue
+        key = next(key for key in wanted if all(found[key] != forms[key] for forms in known[kind]))
+        problems.append(f"parameter {index}: {key} is {found[key]}, expected {wanted[key]}")
+    return problems
+
+
+def _slot_forms(name: str, param: Tensor) -> list[dict[str, str]]:
+    """Forms of the state that an optimizer makes in its first step for a parameter like this one.
+
+    Prodigy makes another one for a parameter of zeros, such as an adapter's second matrix.
+    """
+    import torch
+
+    found = []
+    for value in (1.0, 0.0):
+        twin = torch.nn.Parameter(torch.full_like(param, value, requires_grad=False))
+        twin.grad = torch.zeros_like(twin)
+        optimizer = _BUILDERS[_CLASSES[name]]([twin], {"lr": 1.0, "weight_decay": 0.0})
+        optimizer.step()
+        found.append(_forms(optimizer.state_dict()["state"][0]))
+    return found
+
+
+def _forms(slot: Any) -> dict[str, str]:
+    """The form of each value of a parameter's state, by name; some optimizers nest a part of them."""
+    found: dict[str, str] = {}
+    for key, value in slot.items() if isinstance(slot, Mapping) else ():
+        own = str(key).replace(".", "_")
+        if isinstance(value, Mapping):
+            found |= {f"{own}.{name}": form for name, form in _forms(value).items()}
+        else:
+            found[own] = _form(value)
+    return found
+
+
+def _form(value: Any) -> str:
+    """Shape and dtype of a tensor, or the type of a number; what no step could go on from is told as it is."""
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        if value.ndim == 0 and not value.is_complex() and not 0 <= value.item() <= _LARGEST:
+            return f"{value.item()}"
+        return f"{list(value.shape)} of {str(value.dtype).removeprefix('torch.')}"
+    if type(value) in (int, float) and abs(value) <= _LARGEST and (type(value) is float or value >= 0):
+        return f"a number ({type(value).__name__})"
+    return ascii(value)[:60]
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ascii(sorted(map(str, names)))[:200]

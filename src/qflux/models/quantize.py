@@ -79,16 +79,9 @@ def outermost_lists(model: nn.Module) -> list[str]:
     return found
 
 
-@torch.no_grad()
-def quantized(
-    linear: nn.Linear,
-    method: str,
-    weight: Tensor | None = None,
-    dtype: torch.dtype | None = None,
-    device: torch.device | None = None,
-) -> Any:
+def quantized(linear: nn.Linear, method: str) -> Any:
     """The method's layer in place of ``linear``; see Quantizer, which is faster where there are several layers."""
-    return Quantizer(method, dtype, device)(linear, weight)
+    return Quantizer(method)(linear)
 
 
 class Quantizer:
@@ -164,21 +157,6 @@ def replace(model: nn.Module, name: str, layer: nn.Module) -> None:
     parent, _, last = name.rpartition(".")
     old = model.get_submodule(name)
     setattr(model.get_submodule(parent), last, layer.train(old.training))
-
-
-def quantize_in_place(
-    model: nn.Module, method: str, block_lists: Sequence[str] = (), keep: Sequence[str] = (), device: Any = None
-) -> dict[str, str]:
-    """Quantize a loaded network layer by layer, each weight freed before the next; returns what stayed, with reasons.
-
-    ``device`` is where the new weights are made and stay, the weight's own when None. For the rest see ``choose``.
-    """
-    chosen, kept = choose(model, method, block_lists, keep)
-    make = Quantizer(method, device=device)
-    for name in chosen:
-        linear: Any = model.get_submodule(name)
-        replace(model, name, make(linear))
-    return kept
 
 
 def quantized_layers(model: nn.Module) -> dict[str, Any]:

@@ -22,9 +22,9 @@ from qflux.errors import UserError
 from qflux.io.headers import read_header
 from qflux.io.quiet import quiet_imports
 from qflux.models import quantize as quant
-from qflux.models.loading import KEY, load_module, quiet_libraries, read_config, readable, refuse_pickles
+from qflux.models.loading import KEY, load_module, quiet_libraries, readable, refuse_pickles
 from qflux.models.memory_rules import stored_format
-from qflux.models.model_folder import shard_names
+from qflux.models.model_folder import read_config, shard_names
 
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
 _INDEX = f"{_WEIGHTS}.index.json"

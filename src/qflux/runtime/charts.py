@@ -55,9 +55,9 @@ def line_chart(title: str, lines: Sequence[Line]) -> str:
     )
 
 
-def smoothed(points: Sequence[Point], window: int | None = None) -> list[Point]:
-    """Exponential moving average without the bias of its start; ``window`` points, default a thirtieth of them."""
-    keep = math.exp(-1 / max(window or len(points) // 30, 1))
+def smoothed(points: Sequence[Point]) -> list[Point]:
+    """Exponential moving average over a thirtieth of the points, without the bias of its start."""
+    keep = math.exp(-1 / max(len(points) // 30, 1))
     total = weight = 0.0
     result = []
     for x, y in points:

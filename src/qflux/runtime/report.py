@@ -16,6 +16,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from qflux.data.sheet import evenly
 from qflux.io import atomic
 from qflux.io.secrets import redact
 from qflux.runtime.charts import Line, Point, line_chart, number, smoothed
@@ -115,7 +116,7 @@ def _head(run_dir: Path, record: Mapping[str, Any], metrics: Sequence[Mapping[st
         tiles.append(("samples per second, median", number(statistics.median(speeds))))
     skipped = [y for _, y in _points(metrics, "skipped")]
     if any(skipped):
-        tiles.append(("skipped steps: not finite", number(max(skipped))))
+        tiles.append(("logged steps skipped: not finite", f"{number(sum(skipped))} of {number(len(skipped))}"))
     boxes = "".join(f"<div><b>{escape(value)}</b><span>{escape(label)}</span></div>" for label, value in tiles)
     trainer = escape(str(record.get("trainer", "")))
     return (
@@ -188,10 +189,7 @@ def _sheets(run_dir: Path) -> str:
     folders = _sample_folders(run_dir)
     if not folders:
         return ""
-    shown = folders
-    if len(folders) > _MOST_SHEETS:
-        picks = {round(i * (len(folders) - 1) / (_MOST_SHEETS - 1)) for i in range(_MOST_SHEETS)}
-        shown = [folders[i] for i in sorted(picks)]
+    shown = [folders[i] for i in evenly(len(folders), _MOST_SHEETS)]
     parts = ["<h2>Samples</h2>"]
     if len(shown) < len(folders):
         parts.append(f"<p>{len(shown)} of {len(folders)} validations; all are in the folder samples.</p>")

@@ -16,6 +16,8 @@ from qflux.errors import Interrupted
 # A launcher passes a terminal's Ctrl-C on to workers that already got it: repeats within this many seconds are one.
 REPEAT_AFTER = 1.0
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
+# `accelerate launch` with one process sets all of these, whatever its settings, and no rank; users set single ones.
+_LAUNCHED = {"ACCELERATE_MIXED_PRECISION", "ACCELERATE_DYNAMO_BACKEND", "ACCELERATE_DYNAMO_MODE"}
 
 
 class StopSignal:
@@ -79,7 +81,7 @@ class StopSignal:
 
 def started_by_launcher() -> bool:
     """True in a worker of ``accelerate launch`` or ``torchrun``."""
-    return "LOCAL_RANK" in os.environ or any(name.startswith("ACCELERATE_") for name in os.environ)
+    return "LOCAL_RANK" in os.environ or os.environ.keys() >= _LAUNCHED
 
 
 def die_with_parent(interval: float = 1.0) -> bool:

@@ -11,7 +11,7 @@ import json
 import logging
 import math
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,13 +69,9 @@ class Tracker:
         self._line({"step": step, **values})
         self._each(lambda tracker: tracker.log(_numbers(values), step=step))
 
-    def log_held_out(self, step: int, loss: float, per_sigma: Mapping[Any, float] | Sequence[float]) -> None:
-        """One held-out line: the mean loss and the loss per sigma.
-
-        ``per_sigma`` maps a sigma (or a name of a bin) to its loss; a sequence of n losses stands for n bins of equal
-        width in (0, 1].
-        """
-        bins = {_label(key): value for key, value in _bins(per_sigma).items()}
+    def log_held_out(self, step: int, loss: float, per_sigma: Mapping[Any, float]) -> None:
+        """One held-out line: the mean loss, and ``per_sigma``: a sigma (or a name of a bin) → its loss."""
+        bins = {_label(key): value for key, value in per_sigma.items()}
         self._line({"step": step, "val_loss": loss, "val_loss_sigma": bins})
         flat = {"val_loss": loss, **{f"val_loss_sigma/{key}": value for key, value in bins.items()}}
         self._each(lambda tracker: tracker.log(_numbers(flat), step=step))
@@ -197,13 +193,6 @@ def _start(name: str, run_dir: Path, config: Any, start_step: int) -> Any:
 def _settings(run_dir: Path) -> str:
     path = run_dir / "config.yaml"
     return path.read_text(encoding="utf-8") if path.exists() else ""
-
-
-def _bins(per_sigma: Mapping[Any, float] | Sequence[float]) -> Mapping[Any, float]:
-    if isinstance(per_sigma, Mapping):
-        return per_sigma
-    count = len(per_sigma)
-    return {f"{i / count:.3g}-{(i + 1) / count:.3g}": value for i, value in enumerate(per_sigma)}
 
 
 def _label(key: Any) -> str:

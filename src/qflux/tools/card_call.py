@@ -11,6 +11,7 @@ from PIL import Image
 from qflux.config import Config
 from qflux.data.dataset import TRIGGER, sample_from_config
 from qflux.errors import UserError
+from qflux.models.memory_rules import base_precision
 from qflux.tools.card_facts import Call
 from qflux.trainer.early import sample_name
 from qflux.types import EditSample, Family, Resize, Size, SizePlan
@@ -34,7 +35,7 @@ def example_call(trainer_class: type[Any], config: Config, pictures: Sequence[Pa
     prompt = sample_prompt(config, number) if samples else ""
     sample = _example(config, trainer_class.family, number, pictures)
     folder = Path(config.model.pretrained_model_name_or_path)
-    dtype = torch_dtype(config.train.mixed_precision if config.model.lora is not None else "no")
+    dtype = torch_dtype(base_precision(config))
     trainer = trainer_class(config, folder, dtype=dtype, device=torch.device("cpu"))
     controls = tuple(plan.scaled or plan.size for plan in sample.sizes.controls)
     framed = any(plan.box[0] > 0 or plan.box[1] > 0 for plan in sample.sizes.controls)

@@ -103,7 +103,7 @@ def find_base(model: ModelConfig) -> Base:
 
 def is_folder(name: str) -> bool:
     """Whether a resolved config's model is a folder of this machine (there it is absolute), not a hub id."""
-    return Path(name).is_absolute() or name.startswith(("./", "../", "~"))
+    return Path(name).is_absolute()
 
 
 def read_licence(base: Base) -> Licence:

@@ -11,6 +11,7 @@ from qflux.config import Config
 from qflux.data.geometry import sized_otherwise
 from qflux.io.quiet import quiet_imports
 from qflux.models.loading import torch_dtype
+from qflux.models.memory_rules import base_precision
 from qflux.tools.card_facts import HUB, Base, Call, CardFacts
 from qflux.types import Family
 
@@ -50,7 +51,7 @@ def _imports(facts: CardFacts, config: Config, family: Family) -> list[str]:
 
 
 def _loading(facts: CardFacts, config: Config, family: Family) -> list[str]:
-    dtype = f"dtype={torch_dtype(config.train.mixed_precision)}"
+    dtype = f"dtype={torch_dtype(base_precision(config))}"
     base = _quoted(facts.base.hub_id or f"path/to/{facts.base.name}")
     options = [base, *([f"revision={_quoted(facts.base.revision)}"] if facts.base.revision else []), dtype]
     repo, weights = _quoted(facts.repo), _quoted(facts.weights)

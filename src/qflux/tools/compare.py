@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import argparse
 import base64
-import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from importlib.metadata import entry_points
@@ -23,13 +22,16 @@ from qflux.config import Config, LoraConfig, load_config
 from qflux.config_values import DatasetEntry
 from qflux.data.cache_manager import CacheManager
 from qflux.data.dataset import EditDataset, open_dataset
-from qflux.errors import DONE, QfluxError, UserError
-from qflux.io.atomic import write_json, write_text
-from qflux.io.tensors import read_metadata
+from qflux.errors import DONE, NoSpace, QfluxError, UserError
+from qflux.io.atomic import disk_error, write_json, write_text
+from qflux.io.places import printable, refuse_file
 from qflux.models import adapters
 from qflux.models.loading import free, resolve_model, torch_dtype
+from qflux.models.memory_rules import base_precision
+from qflux.models.model_folder import needed_components
 from qflux.parallel.placement import take_seat
 from qflux.runtime.checkpoint import find_checkpoint, verify_checkpoint
+from qflux.trainer import GROUP
 from qflux.trainer.early import memo_of
 from qflux.trainer.encoding import SampleReader, cache_manager, fill_cache
 from qflux.trainer.sampling import load_trained
@@ -42,7 +44,6 @@ if TYPE_CHECKING:
 
     from qflux.types import EditSample
 
-GROUP = "qflux.trainers"
 BASE = "base"
 COUNT = 64
 _UNITS = {"psnr": "dB", "seconds_per_image": "s"}
@@ -80,6 +81,7 @@ def compare_runs(
     """
     sides = open_sides(words)
     entries = _entries(sides[0].config, data)
+    out.mkdir(parents=True, exist_ok=True)  # before hours of drawing
     measured: list[dict[str, Any]] = []
     pictures: dict[str, list[Image.Image]] = {}
     samples: list[EditSample] = []
@@ -155,15 +157,25 @@ def _with_adapter(config: Config, weights: Path) -> Config:
         raise UserError(
             f"--compare: {weights} has no adapter and no run's config.yaml above it; name the run it is from"
         )
-    text = read_metadata(file).get(adapters.METADATA_KEY)
-    if text is None:
+    saved = adapters.saved_config(file)
+    if not saved:
         return config
-    saved = {key.rpartition(".")[2]: value for key, value in json.loads(text).items()}
-    targets = saved["target_modules"]
+    told: list[Any] = [saved.get(key) for key in ("r", "lora_alpha", "target_modules")]
+    rank, alpha, targets = told
+    names = [targets] if isinstance(targets, str) else targets
+    problems = []
+    if type(rank) is not int or rank < 1:
+        problems.append(f"r {printable(ascii(rank))}, expected a whole number above 0")
+    if type(alpha) not in (int, float) or not alpha > 0:
+        problems.append(f"lora_alpha {printable(ascii(alpha))}, expected a number above 0")
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+        problems.append(f"target_modules {printable(ascii(targets))}, expected names of modules")
+    if problems:
+        raise UserError(*(f"--compare: {file}: found in its LoRA config {problem}" for problem in problems))
     lora = (config.model.lora or LoraConfig()).model_copy(
         update={
-            "r": saved["r"],
-            "lora_alpha": saved["lora_alpha"],
+            "r": rank,
+            "lora_alpha": alpha,
             "target_modules": targets if isinstance(targets, str) else tuple(targets),
             "use_dora": bool(saved.get("use_dora")),
         }
@@ -220,12 +232,9 @@ def _trainer(side: Side, trainers: Mapping[str, type[Any]]) -> Any:
             f"{', '.join(sorted(trainers))}"
         )
     cls = trainers[config.train.trainer]
-    names = [name for stage in cls.family.stages for name in stage.components]
     model = config.model
-    folder = resolve_model(
-        model.pretrained_model_name_or_path, model.revision, [*names, "scheduler", cls.family.denoiser]
-    )
-    dtype = torch_dtype(config.train.mixed_precision if model.lora is not None else "no")
+    folder = resolve_model(model.pretrained_model_name_or_path, model.revision, needed_components(cls.family))
+    dtype = torch_dtype(base_precision(config))
     return cls(config, folder, dtype=dtype, device=take_seat().device)
 
 
@@ -325,6 +334,7 @@ def run(words: tuple[str, str], args: argparse.Namespace, trainers: Mapping[str,
     """Compare and print the table."""
     if args.count < 1:
         raise UserError(f"--count: found {args.count}, expected at least 1")
+    refuse_file(args.out, "--out", "name another one")
     result = compare_runs(words, trainers, data=args.data, out=args.out, count=args.count)
     print(table(result))
     print(f"pictures, compare.json and report.html: {args.out}")
@@ -340,11 +350,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results here")
     add_arguments(parser)
     args = parser.parse_args(argv)
+    trainers = {p.name: p.load() for p in entry_points(group=GROUP)}
+    return ended(lambda: run((args.runs[0], args.runs[1]), args, trainers), args.json)
+
+
+def ended(mode: Callable[[], int], results: Path | None) -> int:
+    """Run one mode, whose ``results`` file must be possible; expected failures become one line and an exit code."""
     try:
-        return run((args.runs[0], args.runs[1]), args, {p.name: p.load() for p in entry_points(group=GROUP)})
-    except QfluxError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
+        if results is not None:
+            refuse_file(results.parent, "--json", "name another file")
+            if results.is_dir():
+                raise UserError(f"--json: found {results}, a folder, expected a file")
+        return mode()
+    except (QfluxError, OSError) as error:
+        failed = error if isinstance(error, QfluxError) else disk_error(error)
+        if failed is None:
+            raise
+        if isinstance(error, OSError) and not isinstance(failed, NoSpace):
+            failed = UserError(f"{error.filename}: {error.strerror}; name another place with --out or --json")
+        print(failed, file=sys.stderr)
+        return failed.exit_code
 
 
 if __name__ == "__main__":

@@ -166,10 +166,10 @@ def _looks(config: Config, step: int) -> int:
 def _cached(trainer: BaseTrainer, datasets: Sequence[EditDataset]) -> tuple[int, int]:
     """(bytes of the needed entries that the cache holds, number of those that it lacks)."""
     from qflux.trainer.early import memo_of
-    from qflux.trainer.encoding import cache_manager, wanted_specs
+    from qflux.trainer.encoding import cache_manager
 
     manager = cache_manager(trainer, memo_of(trainer.config))
-    specs = [spec for dataset in datasets for spec in wanted_specs(trainer, dataset)]
+    specs = [spec for dataset in datasets for spec in dataset.wanted(trainer.family.empty_prompt)]
     paths = {manager.path(name, key) for spec in specs for name, key in manager.keys(spec).items()}
     there, found = 0, 0
     for path in paths:

@@ -58,10 +58,13 @@ class Adapter:
     info: dict[str, str]
 
 
-def export_adapter(adapter: Path, fmt: str, folder: Traversable, out: Path | None = None) -> Path:
+def export_adapter(
+    adapter: Path, fmt: str, folder: Traversable, out: Path | None = None, network: str | None = None
+) -> Path:
     """Write an adapter file (or the one in a checkpoint's folder) in format ``fmt`` and return the new file.
 
-    ``folder`` is the data folder of the family it was trained for. Without ``out`` the file lies beside the adapter;
+    ``folder`` is the data folder of the family it was trained for, ``network`` what adapters of it call it: the
+    folder's name, unless the family has no folder of its own. Without ``out`` the file lies beside the adapter;
     only an earlier export may be overwritten. Bytes depend on the adapter alone. No lock is taken, so it may run beside
     the training whose checkpoint it reads; of temp files there it removes only those of processes that are surely gone.
     Raises UserError listing what cannot be exported: no adapter, layers without a rule, DoRA in another tool's format.
@@ -71,9 +74,10 @@ def export_adapter(adapter: Path, fmt: str, folder: Traversable, out: Path | Non
     path = _adapter_file(Path(adapter))
     target = _target(path, fmt, out)
     source = read_adapter(path)
-    network = source.info.get("network", folder.name)
-    if network != folder.name:
-        raise UserError(f"{path}: --export: found an adapter of {network}, the config's trainer is of {folder.name}")
+    wanted = network or folder.name
+    found = source.info.get("network", wanted)
+    if found != wanted:
+        raise UserError(f"{path}: --export: found an adapter of {found}, the config's trainer is of {wanted}")
     rank, metadata = source.settings["r"], {**source.info, "format": "pt", _MARK: fmt}
     metadata |= {"rank": str(rank), "alpha": str(rank)}
     if fmt == PLAIN:

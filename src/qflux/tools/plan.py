@@ -18,7 +18,9 @@ from qflux.config_values import memory_bytes
 from qflux.data.dataset import EditDataset
 from qflux.errors import UserError
 from qflux.io.json_files import read_object
+from qflux.io.places import local_folder
 from qflux.models.memory_rules import encoders, needed, refusals, stored_problems
+from qflux.models.model_folder import KEY
 from qflux.models.structures import FILE as STRUCTURES
 from qflux.models.structures import family_data, structures
 from qflux.parallel.split_plan import SplitDevice, SplitPlan
@@ -34,12 +36,11 @@ from qflux.tools.plan_data import (
 )
 from qflux.tools.plan_ladder import ENCODERS, Advice, advise
 from qflux.tools.plan_memory import (
-    KEY,
     Layout,
     adapted_linears,
+    adapter_problems,
     folder_layout,
     known_layouts,
-    starting_problems,
     state_bytes,
 )
 from qflux.tools.plan_phases import Estimate
@@ -47,6 +48,7 @@ from qflux.tools.plan_setup import VALIDATING, Phase, Setup, setup_of, worst
 from qflux.tools.plan_split import block_problems, divided, named_devices, split_dict
 from qflux.tools.plan_text import plan_text, remedy, size, summary
 from qflux.tools.plan_validation import drawn_shapes, held_out_shapes, read_held_out
+from qflux.trainer.early import step_problems
 from qflux.types import Family
 
 if TYPE_CHECKING:
@@ -288,10 +290,8 @@ def _model(
     known = structures(folder) if family.folder and (folder / STRUCTURES).is_file() else {}
     structure: dict[str, Any] | None = known.get(name)
     layouts = known_layouts(folder, name) if family.folder else None
-    local = Path(name).expanduser()
-    if layouts is None and model is not None and not local.is_dir():
-        local = model
-    if local.is_dir():
+    local = local_folder(name) or (model if layouts is None else None)
+    if local is not None:
         wanted = dict.fromkeys([family.denoiser, *family.drawing, *(c for s in family.stages for c in s.components)])
         layouts = {part: found for part in wanted if (found := folder_layout(local, part)) is not None}
         root = local / family.denoiser
@@ -362,7 +362,7 @@ def planned_problems(config: Config, trainer_class: type[BaseTrainer]) -> list[s
     """
     family, described = trainer_class.family, family_data(trainer_class)
     name = config.model.pretrained_model_name_or_path
-    known = Path(name).expanduser().is_dir() or bool(family.folder and known_layouts(described, name))
+    known = local_folder(name) is not None or bool(family.folder and known_layouts(described, name))
     layouts = _model(config, trainer_class, described, None)[0] if known else {}
     return _problems(config, family, layouts, described) + block_problems(config, family, layouts)
 
@@ -370,8 +370,8 @@ def planned_problems(config: Config, trainer_class: type[BaseTrainer]) -> list[s
 def _problems(config: Config, family: Family, layouts: Mapping[str, Layout], described: Path) -> list[str]:
     """What cannot work, known before anything is loaded."""
     found = refusals(config, family)
-    folder = Path(config.model.pretrained_model_name_or_path).expanduser()
-    if folder.is_dir():
+    folder = local_folder(config.model.pretrained_model_name_or_path)
+    if folder is not None:
         found += stored_problems(config, family, folder)
         networks = [
             *encoders(family),
@@ -379,7 +379,8 @@ def _problems(config: Config, family: Family, layouts: Mapping[str, Layout], des
         ]
         bare = [name for name in networks if name not in layouts and (folder / name).is_dir()]
         found += [f"{KEY}: {folder / name} holds no safetensors weights; fetch it again" for name in bare]
-    found += starting_problems(config, family, layouts, described)
+        found += step_problems(config, folder)
+    found += adapter_problems(config, family, layouts, described)
     lists = layouts[family.denoiser].blocks if family.denoiser in layouts else {}
     if layouts and set(family.block_lists) <= lists.keys():
         blocks, asked = sum(lists[name][0] for name in family.block_lists), config.train.offload_blocks

@@ -22,6 +22,8 @@ from qflux.data.geometry import candidate_size, plan_sizes, round_down
 from qflux.data.order import Order
 from qflux.errors import UserError
 from qflux.io.digests import canonical_json
+from qflux.io.places import printable
+from qflux.models.model_folder import KEY
 from qflux.models.structures import entry_bytes
 from qflux.tools.plan_activations import Tokens
 from qflux.tools.plan_memory import SMALL, Shape, state_bytes
@@ -204,9 +206,15 @@ def folder_structure(known: Mapping[str, Any], config: Mapping[str, Any]) -> dic
     """The structure of a local model of a described network: its own widths in the place of the known ones.
 
     known   an entry of the family's ``structures.json`` · config  the local transformer's config
+    UserError where one of its numbers is none.
     """
     reference = known["transformer"]
-    own = {value: config.get(key, value) for key, value in reference.items() if isinstance(value, int) and value > 1}
+    numbers = {key: value for key, value in reference.items() if type(value) is int}
+    odd = next((key for key in numbers if type(config.get(key, 1)) is not int), None)
+    if odd is not None:
+        found = printable(config[odd], 40)
+        raise UserError(f"{KEY}: the network's config has {odd}: {found}, expected a whole number; fetch it again")
+    own = {value: config.get(key, value) for key, value in numbers.items() if value > 1}
     text = {name: [own.get(edge, edge) for edge in shape] for name, shape in known["text"].items()}
     latents = known["latents"]
     channels = latents["channels"] * config.get("in_channels", reference["in_channels"]) // reference["in_channels"]
@@ -237,9 +245,7 @@ def cache_size(
         return CacheSize(None, sample, None)
     recipes = {stage.name: _recipe(config, family, stage, dtype_bytes) for stage in family.stages}
     manager = CacheManager(Path(), family.stages, recipes, text_sees_controls=family.text_sees_controls)
-    specs = [spec for dataset in sets for spec in dataset.specs if spec is not None]
-    if config.data.caption_dropout_rate > 0:
-        specs += [replace(spec, prompt=family.empty_prompt) for spec in specs]
+    specs = [spec for dataset in sets for spec in dataset.wanted(family.empty_prompt)]
     total, seen = 0, set()
     for spec in specs:
         for stage in family.stages:

@@ -16,18 +16,18 @@ from pathlib import Path
 
 from qflux.config import Config
 from qflux.errors import UserError
-from qflux.io.json_files import read_object
+from qflux.io.headers import is_sizes, read_header, unreadable
+from qflux.io.json_files import SIZE_LIMIT, read_object, strict_loads
 from qflux.models.foreign_adapters import match_adapter
 from qflux.models.memory_rules import matches, packed_bytes, stored_format, unfit
+from qflux.models.model_folder import KEY
 from qflux.models.native_names import read_rules
 from qflux.models.targets import select_targets
 from qflux.types import Family
 
 FILE = "layout.json"
-KEY = "model.pretrained_model_name_or_path"
 Shape = tuple[int, ...]
 
-_HEADER_LIMIT = 100_000_000
 _SCALES = re.compile(r"\.(absmax|quant_map|nested_absmax|nested_quant_map|SCB|weight_format|quant_state\..*)$")
 _LISTED = re.compile(r"(\D+?)\.(\d+)\.(.+)")
 
@@ -113,7 +113,9 @@ def folder_layout(folder: Path, component: str) -> Layout | None:
         shapes |= found
         packed |= sizes
     rest, blocks = grouped(shapes)
-    class_name = str(config.get("_class_name") or next(iter(config.get("architectures") or ["unknown"])))
+    names = config.get("architectures")
+    known = names[0] if isinstance(names, list) and names else "unknown"
+    class_name = str(config.get("_class_name") or known)
     return Layout(class_name, "headers of its weights", rest, blocks, stored_format(config), packed)
 
 
@@ -147,30 +149,34 @@ def header_shapes(path: Path) -> tuple[dict[str, Shape], dict[str, int]]:
     4-bit weights have the shape that they had before they were packed: beside the header the few bytes that tell it
     are read. ``UserError`` if the file is broken.
     """
+    header = read_header(path)
+    table, packed = header.tensors, dict[str, int]()
+    shapes = {name: entry.shape for name, entry in table.items() if not _SCALES.search(name)}
+    for name, entry in table.items():
+        found = _SCALES.search(name)
+        if not found:
+            continue
+        owner = name[: found.start()]
+        owner = owner if owner in table else f"{owner}.weight"
+        own = table[owner].end - table[owner].start if owner in table else 0
+        packed[owner] = packed.get(owner, own) + entry.end - entry.start
+        if found[1].startswith("quant_state."):
+            shapes[owner] = _unpacked_shape(path, name, header.start + entry.start, entry.end - entry.start)
+    return shapes, packed
+
+
+def _unpacked_shape(path: Path, name: str, start: int, length: int) -> Shape:
+    """What the JSON in the tensor ``name`` tells of the weight that it belongs to."""
     try:
         with open(path, "rb") as handle:
-            length = int.from_bytes(handle.read(8), "little")
-            if length > _HEADER_LIMIT:
-                raise ValueError(f"a header of {length} bytes")
-            table = json.loads(handle.read(length))
-            table.pop("__metadata__", None)
-            shapes = {name: tuple(entry["shape"]) for name, entry in table.items() if not _SCALES.search(name)}
-            packed: dict[str, int] = {}
-            for name, entry in table.items():
-                found = _SCALES.search(name)
-                start, end = entry["data_offsets"]
-                if not found:
-                    continue
-                owner = name[: found.start()]
-                owner = owner if owner in table else f"{owner}.weight"
-                own = table[owner]["data_offsets"] if owner in table else (0, 0)
-                packed[owner] = packed.get(owner, own[1] - own[0]) + end - start
-                if found[1].startswith("quant_state."):
-                    handle.seek(8 + length + start)
-                    shapes[owner] = tuple(json.loads(handle.read(end - start))["shape"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: not a readable safetensors file: {error}") from error
-    return shapes, packed
+            handle.seek(start)
+            told = strict_loads(handle.read(min(length, SIZE_LIMIT + 1)))
+    except (OSError, ValueError) as error:
+        raise unreadable(path, ValueError(f"{name[:100]!a}: {error}")) from error
+    shape = told.get("shape") if isinstance(told, dict) else None
+    if not is_sizes(shape):
+        raise unreadable(path, ValueError(f"{name[:100]!a} tells no shape"))
+    return tuple(shape)
 
 
 def linear_bytes(shape: Shape, method: str | None, dtype_bytes: int) -> int:
@@ -266,18 +272,17 @@ def adapted_linears(layout: Layout, targets: str | Sequence[str], family: Family
     return {name: linear[name] for name in select_targets(kinds, targets, family)}
 
 
-def starting_problems(config: Config, family: Family, layouts: Mapping[str, Layout], folder: Traversable) -> list[str]:
-    """Why the adapter to start from does not fit, by its header; ``folder`` is the family's data."""
+def adapter_problems(config: Config, family: Family, layouts: Mapping[str, Layout], folder: Traversable) -> list[str]:
+    """Why targets select nothing or the adapter to start from does not fit, by headers; ``folder``: family's data."""
     lora, layout = config.model.lora, layouts.get(family.denoiser)
-    if lora is None or lora.pretrained_weight is None or layout is None:
+    if lora is None or layout is None:
         return []
     try:
         adapted = adapted_linears(layout, lora.target_modules, family)
-    except UserError:  # of targets the plan tells
-        return []
-    sizes = {name: (shape[0], shape[1]) for name, shape in adapted.items()}
-    others = [name.removesuffix(".weight") for name, _ in layout.tensors() if name.endswith(".weight")]
-    try:
+        if lora.pretrained_weight is None:
+            return []
+        sizes = {name: (shape[0], shape[1]) for name, shape in adapted.items()}
+        others = [name.removesuffix(".weight") for name, _ in layout.tensors() if name.endswith(".weight")]
         match_adapter(lora.pretrained_weight, sizes, others, lora, family.denoiser, read_rules(folder))
     except UserError as error:
         return error.problems

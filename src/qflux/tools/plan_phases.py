@@ -155,10 +155,10 @@ class Estimate:
         validating = [name for name, asked in zip(VALIDATING, wanted, strict=True) if settings.steps and asked]
         return (*validating, SAVING)
 
-    def tokens(self, batch: int | None = None) -> Tokens:
-        """Of the largest shape."""
+    def tokens(self) -> Tokens:
+        """Of a batch of the largest shape."""
         tokens = self.data.shapes[0].tokens
-        return Tokens(tokens.image, tokens.text, batch or self.config.data.batch_size)
+        return Tokens(tokens.image, tokens.text, self.config.data.batch_size)
 
     def encodings(self, setup: Setup) -> list[Phase]:
         """The phases before the network is there."""

@@ -30,6 +30,7 @@ from qflux.models import adapters
 from qflux.models import quantize as quant
 from qflux.models.loading import free, meta_module, resolve_model
 from qflux.models.memory_rules import ADVICE, packed_bytes, refusals, stored_problems
+from qflux.models.model_folder import needed_components
 from qflux.models.quantized_layers import Quantized
 from qflux.randomness import Purpose, generator
 from qflux.tools.selftest import Make
@@ -150,9 +151,8 @@ def check_config(cls: type[Any], config_file: Path) -> Path:
 
 
 def _folder(config: Config, family: Family) -> Path:
-    names = [name for stage in family.stages for name in stage.components]
     model = config.model
-    return resolve_model(model.pretrained_model_name_or_path, model.revision, [*names, "scheduler", family.denoiser])
+    return resolve_model(model.pretrained_model_name_or_path, model.revision, needed_components(family))
 
 
 def open_trainer(cls: type[Any], config_file: Path, device: torch.device, method: str | None = None) -> Any:

@@ -8,7 +8,9 @@ from qflux.config import Config
 from qflux.data.dataset import EditDataset, sample_from_config, scan
 from qflux.errors import UserError
 from qflux.io.digests import DigestMemo
+from qflux.models.attention import attention_problems
 from qflux.models.memory_rules import refusals
+from qflux.models.model_folder import read_config
 from qflux.models.optimizers import optimizer_problems
 from qflux.models.schedules import schedule_problems
 from qflux.runtime.tracking import check_trackers
@@ -22,12 +24,25 @@ def early_problems(config: Config, family: Family) -> list[str]:
     train = config.train
     problems = optimizer_problems(train.optimizer)
     problems += schedule_problems(train.lr_scheduler, train.optimizer.lr, train.max_train_steps)
+    problems += attention_problems(config, family)
     problems += refusals(config, family)
     try:
         check_trackers(config.logging.report_to)
     except UserError as error:
         problems += error.problems
     return problems
+
+
+def step_problems(config: Config, folder: Path) -> list[str]:
+    """One denoising step, where the scheduler of a model's folder stretches its table to a last value: 0 by 0."""
+    settings = config.logging.validation
+    wanted = settings.steps is not None or bool(settings.samples)
+    if wanted and settings.num_inference_steps == 1 and read_config(folder, "scheduler").get("shift_terminal"):
+        return [
+            "logging.validation.num_inference_steps: found 1, expected at least 2: this model's scheduler has a "
+            "shift_terminal, which is not defined for one step"
+        ]
+    return []
 
 
 def sample_name(number: int) -> str:

@@ -24,7 +24,7 @@ from qflux.randomness import Purpose, generator, uniform
 from qflux.trainer.early import memo_of, read_samples
 from qflux.trainer.memory import advised
 from qflux.types import EditSample, EncodedSample, EncodeStage, SampleSpec
-from qflux.validation.validation_sampler import classifier_free
+from qflux.validation.validation_sampler import classifier_free, load_parts
 
 if TYPE_CHECKING:
     from qflux.data.dataset import EditDataset
@@ -87,7 +87,7 @@ class Encoder:
     @contextmanager
     def open_stage(self, stage: EncodeStage) -> Iterator[Callable[[EditSample], EncodedSample]]:
         """Load one stage's components, give its encode function, and free them."""
-        parts = self._load(stage.components)
+        parts = load_parts(self.trainer, stage.components)
         try:
             yield lambda sample: self._encode(parts, sample, images=stage.kind == "image")
         finally:
@@ -97,15 +97,9 @@ class Encoder:
     def all_stages(self, sample: EditSample) -> EncodedSample:
         """Encode with every component kept loaded: training without a cache."""
         if not self._parts:
-            self._parts = self._load([name for stage in self.trainer.family.stages for name in stage.components])
+            stages = self.trainer.family.stages
+            self._parts = load_parts(self.trainer, [name for stage in stages for name in stage.components])
         return self._encode(self._parts, sample, images=True)
-
-    def _load(self, components: Sequence[str]) -> dict[str, Any]:
-        loaded = {name: self.trainer.load(name) for name in components}
-        for part in loaded.values():
-            if isinstance(part, torch.nn.Module):
-                part.to(self.trainer.device)
-        return loaded
 
     def _encode(self, parts: Mapping[str, Any], sample: EditSample, *, images: bool) -> EncodedSample:
         with torch.inference_mode():
@@ -178,14 +172,6 @@ class SampleReader:
             return self.cache.get(spec)
 
 
-def wanted_specs(trainer: BaseTrainer, dataset: EditDataset) -> list[SampleSpec]:
-    """Specs of every sample once, and of each with the empty prompt where captions are dropped."""
-    specs = [spec for spec in dataset.specs if spec is not None]
-    if trainer.config.data.caption_dropout_rate > 0:
-        specs += [replace(spec, prompt=trainer.family.empty_prompt) for spec in specs]
-    return specs
-
-
 def drawn_specs(trainer: BaseTrainer, samples: Sequence[SampleSpec]) -> list[SampleSpec]:
     """Specs of the samples to draw, and of each with the empty prompt where they are drawn with guidance against it."""
     if not classifier_free(trainer):
@@ -233,7 +219,7 @@ def cache_dataset(
     trainer: BaseTrainer, cache: CacheManager, dataset: EditDataset, stop: StopSignal, *, verify: bool
 ) -> CacheReport:
     """Make or complete the cache of a data set."""
-    specs = wanted_specs(trainer, dataset)
+    specs = dataset.wanted(trainer.family.empty_prompt)
     count = len(dataset.records)
     return fill_cache(trainer, cache, specs, lambda i: dataset.load_unique(i % count), verify=verify, stop=stop)
 
@@ -241,7 +227,8 @@ def cache_dataset(
 def ensure_cached(trainer: BaseTrainer, cache: CacheManager, dataset: EditDataset, stop: StopSignal) -> None:
     """Before training: fill the gaps, or refuse them, as ``cache.on_missing`` says."""
     if trainer.config.cache.on_missing == "refuse":
-        missing = sum(len(keys) for keys in cache.missing(wanted_specs(trainer, dataset)).values())
+        wanted = dataset.wanted(trainer.family.empty_prompt)
+        missing = sum(len(keys) for keys in cache.missing(wanted).values())
         if missing:
             raise UserError(
                 f"cache.on_missing: found {missing} missing cache entries, expected none; encode them once with "
@@ -271,7 +258,7 @@ def care_for_cache(trainer: BaseTrainer, word: str, file: Path | None) -> int:
 
     with joined(trainer, network=False):
         cache = cache_manager(trainer, memo_of(trainer.config))
-        parts = [(cache, wanted_specs(trainer, dataset)) for dataset in open_datasets(trainer)]
+        parts = [(cache, dataset.wanted(trainer.family.empty_prompt)) for dataset in open_datasets(trainer)]
         drawn = [spec for spec, _ in read_samples(trainer.config, trainer.family)]
         wanted = cache_care.needed([*parts, (text_stages(cache), drawn_specs(trainer, drawn))])
 

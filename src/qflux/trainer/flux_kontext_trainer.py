@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from qflux.errors import UserError
 from qflux.io.quiet import quiet_imports
 from qflux.models.patches import pack, unpack
 from qflux.models.sigma_shift import linear_mu
@@ -88,7 +89,7 @@ class FluxKontextTrainer(BaseTrainer):
         """See BaseTrainer; text is ``prompt_embeds [L, D]`` (T5) and ``pooled_prompt_embeds [D]`` (CLIP)."""
         encoded = EncodedSample(target=None, controls=[], text={}, edit_mask=None, sizes=sample.sizes)
         if "text_encoder" in parts:
-            ids = self._token_ids(parts["tokenizer"], sample.prompt, parts["tokenizer"].model_max_length)
+            ids = self._token_ids(parts["tokenizer"], sample.prompt, self._short_length(parts))
             encoded.text["pooled_prompt_embeds"] = parts["text_encoder"](ids).pooler_output[0].to(self.dtype)
         if "text_encoder_2" in parts:
             ids = self._token_ids(parts["tokenizer_2"], sample.prompt, self.text_length)
@@ -102,6 +103,14 @@ class FluxKontextTrainer(BaseTrainer):
                 if self.config.data.vae_posterior == "sample":
                     encoded.target_std = (posterior.std * vae.config.scaling_factor)[0]
         return encoded
+
+    def _short_length(self, parts: Mapping[str, Any]) -> int:
+        """Tokens that CLIP reads, as its tokenizer says."""
+        found, most = parts["tokenizer"].model_max_length, parts["text_encoder"].config.max_position_embeddings
+        if type(found) is not int or not 1 < found <= most:
+            where = self.folder / "tokenizer" / "tokenizer_config.json"
+            raise UserError(f"{where}: model_max_length is {str(found)[:40]}, expected at most {most}; fetch it again")
+        return found
 
     def _token_ids(self, tokenizer: Any, prompt: str, length: int) -> Tensor:
         """``[1, length]`` padded token ids."""

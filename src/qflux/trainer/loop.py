@@ -258,7 +258,7 @@ def build_run(trainer: BaseTrainer, opened: Opened, stop: StopSignal) -> Run:
             read_weights(folder.checkpoint, trainer, weights, place)
     if folder.checkpoint is not None:
         say(f"resumed from {folder.checkpoint.name}")
-    reader = SampleReader(trainer, datasets[0], cache, config.data.caption_dropout_rate, shared)
+    reader = SampleReader(trainer, datasets[0], cache, datasets[0].dropout, shared)
     return Run(
         trainer, place, folder, datasets[0], reader,
         setup.make_order(trainer, datasets[0], place, weights.state.batch), model, weights, shift,

@@ -164,16 +164,18 @@ def draw_samples(trainer: BaseTrainer, stop: StopSignal, checkpoint: str | None,
 def _draw_samples(
     trainer: BaseTrainer, place: Placement, stop: StopSignal, checkpoint: str | None, out: Path | None
 ) -> Path:
-    from qflux.trainer.setup import offload_weights
+    from qflux.trainer.setup import offload_weights, set_attention
 
     settings = trainer.config.logging
     if not settings.validation.samples:
         raise UserError("logging.validation.samples: found none, expected at least one {prompt, controls} to draw")
-    folder = _find_weights(trainer, checkpoint)
+    folder = _find_weights(checkpoint)
     cache = cache_manager(trainer, memo_of(trainer.config)) if trainer.config.cache.use_cache else None
     stop.eager = False
     samples = validation_samples(trainer, cache, stop)
     model = load_trained(trainer, folder)
+    if trainer.config.train.attention_backend != "native":
+        set_attention(model, trainer.config.train.attention_backend)
     offload_weights(trainer, model)
     model = place.placed(model)
     out = out or Path(settings.output_dir) / settings.tracker_project_name / "samples"
@@ -184,7 +186,7 @@ def _draw_samples(
     return out
 
 
-def _find_weights(trainer: BaseTrainer, checkpoint: str | None) -> Path | None:
+def _find_weights(checkpoint: str | None) -> Path | None:
     """A checkpoint folder, a run's newest checkpoint, or None for the bare model."""
     if checkpoint is None:
         return None

@@ -22,15 +22,16 @@ from qflux.models import adapters
 from qflux.models.activations import named_blocks, set_checkpointing
 from qflux.models.ema import Ema
 from qflux.models.foreign_adapters import match_adapter, read_changes, start_from
-from qflux.models.loading import meta_module, model_identity, read_config
+from qflux.models.loading import meta_module, model_identity
 from qflux.models.memory_rules import ADVICE, method_of, text_components
+from qflux.models.model_folder import needed_components, read_config
 from qflux.models.native_names import read_rules
 from qflux.models.offload import offload_blocks
 from qflux.models.optimizers import make_optimizer
 from qflux.models.schedules import make_schedule
 from qflux.models.structures import family_data
 from qflux.parallel.placement import Placement, open_placement
-from qflux.trainer.early import scan_all
+from qflux.trainer.early import scan_all, step_problems
 from qflux.trainer.encoding import RECIPE, cache_manager
 from qflux.trainer.state import Weights
 from qflux.types import TrainState
@@ -93,14 +94,10 @@ def check_targets(trainer: BaseTrainer) -> None:
 
 
 def check_steps(trainer: BaseTrainer) -> None:
-    """Refuse a single denoising step where the scheduler stretches its table to a last value: that divides 0 by 0."""
-    settings = trainer.config.logging.validation
-    wanted = settings.steps is not None or bool(settings.samples)
-    if wanted and settings.num_inference_steps == 1 and read_config(trainer.folder, "scheduler").get("shift_terminal"):
-        raise UserError(
-            "logging.validation.num_inference_steps: found 1, expected at least 2: this model's scheduler has a "
-            "shift_terminal, which is not defined for one step"
-        )
+    """Refuse denoising steps that the scheduler is not defined for."""
+    problems = step_problems(trainer.config, trainer.folder)
+    if problems:
+        raise UserError(*problems)
 
 
 def check_blocks(trainer: BaseTrainer) -> None:
@@ -115,14 +112,12 @@ def check_blocks(trainer: BaseTrainer) -> None:
 
 
 def check_attention(trainer: BaseTrainer) -> None:
-    """Refuse attention kernels without masks where a batch's prompts of other lengths are padded and masked."""
-    backend, batch = trainer.config.train.attention_backend, trainer.config.data.batch_size
-    maskless = any(word in backend for word in ("flash", "sage")) and "varlen" not in backend
-    if trainer.family.text_varies and batch > 1 and maskless:
-        raise UserError(
-            f"train.attention_backend: found {backend}, which takes no mask, but prompts of other lengths in one batch "
-            "are masked; set data.batch_size: 1 and train.gradient_accumulation_steps, or another backend"
-        )
+    """Refuse attention kernels that this machine lacks, on the structure alone."""
+    backend, structure = trainer.config.train.attention_backend, None
+    if backend != "native":
+        structure = meta_module(trainer.folder, trainer.family.denoiser)
+    if structure is not None:
+        set_attention(structure, backend)
 
 
 def samples_per_step(trainer: BaseTrainer, processes: int) -> int:
@@ -146,7 +141,7 @@ def run_identity(trainer: BaseTrainer, dataset: EditDataset, memo: DigestMemo, b
     if lora is not None and config.model.lora is not None and config.model.lora.pretrained_weight is not None:
         lora["pretrained_weight"] = blake3_file(config.model.lora.pretrained_weight, memo)
     return {
-        "model": model_identity(trainer.folder, _components(trainer), memo),
+        "model": model_identity(trainer.folder, needed_components(trainer.family), memo),
         "quantize": config.model.quantize,
         "data": dataset.fingerprint(),
         "lora": lora,
@@ -159,17 +154,12 @@ def run_identity(trainer: BaseTrainer, dataset: EditDataset, memo: DigestMemo, b
     }
 
 
-def _components(trainer: BaseTrainer) -> list[str]:
-    encoders = [name for stage in trainer.family.stages for name in stage.components]
-    return [*encoders, "scheduler", trainer.family.denoiser]
-
-
 def adapter_info(trainer: BaseTrainer, dataset: EditDataset, step: int) -> dict[str, str]:
     """Metadata of a saved adapter: no paths, no prompts, no time."""
     model = trainer.config.model
     name = model.pretrained_model_name_or_path
     info = {
-        "base_model": Path(name).name if Path(name).exists() else name,
+        "base_model": Path(name).name if Path(name).is_absolute() else name,
         "base_model_revision": model.revision or "",
         "network": trainer.family.folder or trainer.family.name,
         "steps": str(step),
@@ -203,7 +193,7 @@ def make_order(trainer: BaseTrainer, dataset: EditDataset, place: Placement, bat
     )
 
 
-def _set_attention(model: Any, backend: str) -> None:
+def set_attention(model: Any, backend: str) -> None:
     try:
         model.set_attention_backend(backend)
     except (ValueError, RuntimeError) as error:
@@ -216,7 +206,7 @@ def make_weights(trainer: BaseTrainer, place: Placement, batch: int) -> tuple[to
     config = trainer.config
     model = trainer.load(trainer.family.denoiser)
     if config.train.attention_backend != "native":
-        _set_attention(model, config.train.attention_backend)
+        set_attention(model, config.train.attention_backend)
     if config.model.lora is None:
         if place.sharded:
             model.requires_grad_(True)  # in fp32 block by block, when they are spread

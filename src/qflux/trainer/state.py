@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from qflux.errors import UserError
 from qflux.io.codec import load_state, save_state
+from qflux.io.places import printable
 from qflux.io.tensors import load_tensors, save_tensors
 from qflux.models.adapters import (
     FULL_WEIGHTS_FILE,
@@ -24,12 +26,16 @@ from qflux.models.adapters import (
 from qflux.models.ema import Ema
 from qflux.models.optimizers import eval_mode
 from qflux.models.schedules import Schedule
-from qflux.runtime.checkpoint import AVERAGED, read_state
+from qflux.runtime.checkpoint import AVERAGED, STATE, read_manifest, read_state
 from qflux.types import TrainState
 
 if TYPE_CHECKING:
     from qflux.parallel.placement import Placement
     from qflux.trainer.base_trainer import BaseTrainer
+
+_ELSE = "name another checkpoint"
+_RAW = "training_weights.safetensors"
+_LARGEST_COUNT = 1 << 53
 
 
 @dataclass
@@ -64,7 +70,7 @@ class Files:
         """Adapter (or transformer), EMA beside it, raw parameters, optimizer and schedule into ``folder``."""
         self._write_model(folder, self.users)
         if any(not torch.equal(tensor, self.users[name]) for name, tensor in self.raw.items()):
-            save_tensors(folder / "training_weights.safetensors", self.raw)
+            save_tensors(folder / _RAW, self.raw)
         if self.averaged is not None:
             self._write_model(folder / AVERAGED, self.averaged)
         for name, tree in self.trees.items():
@@ -104,24 +110,87 @@ def _on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def read_weights(folder: Path, trainer: BaseTrainer, weights: Weights, place: Placement) -> None:
     """Put a verified checkpoint back, bit for bit; UserError where it is not one of this run."""
-    try:
-        _put_back(folder, trainer, weights, place)
-    except (KeyError, IndexError, ValueError, TypeError, AttributeError) as error:
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        raise UserError(f"{folder}: its parts do not belong to this run ({reason}); name another checkpoint") from error
-
-
-def _put_back(folder: Path, trainer: BaseTrainer, weights: Weights, place: Placement) -> None:
-    raw = folder / "training_weights.safetensors"
-    if raw.exists():
-        values = load_tensors(raw)
-    elif trainer.config.model.lora is None:
-        values = load_tensors(folder / trainer.family.denoiser / FULL_WEIGHTS_FILE)
-    else:
-        values = read_adapter(folder / WEIGHTS_FILE, weights.model, place.whole(weights.params))
-    place.fill(weights.params, {name: values[name] for name in weights.params})
+    weights.state = _state(folder, weights.state)
+    # Of weights in shards no process has the whole shape; who fills them compares it.
+    spread = place.sharded and trainer.config.model.lora is None
+    shapes = None if spread else {name: param.shape for name, param in place.whole(weights.params).items()}
+    place.fill(weights.params, _trained(folder, trainer, weights, place, shapes))
     if weights.ema is not None:
-        weights.ema.load(load_state(folder, "ema_state"), place.fill)
-    place.load_optimizer_state(weights.optimizer, load_state(folder, "optimizer"))
-    weights.schedule.load(load_state(folder, "schedule"))
-    weights.state = read_state(folder)
+        tree = load_state(folder, "ema_state")
+        with _part(folder / "ema_state.{json,safetensors}"):
+            _refuse_no_count(tree["updates"], "updates")
+            _refuse_others(tree["average"], weights.params, shapes)
+            weights.ema.load(tree, place.fill)
+    tree = load_state(folder, "optimizer")
+    with _part(folder / "optimizer.{json,safetensors}"):
+        place.load_optimizer_state(weights.optimizer, tree)
+    tree = load_state(folder, "schedule")
+    with _part(folder / "schedule.json"):
+        _refuse_no_count(tree["step"], "step", weights.state.step)
+        weights.schedule.load(tree)
+
+
+def _trained(
+    folder: Path,
+    trainer: BaseTrainer,
+    weights: Weights,
+    place: Placement,
+    shapes: Mapping[str, torch.Size] | None,
+) -> dict[str, Tensor]:
+    """The trained parameters as a checkpoint has them, in their order."""
+    raw, full = folder / _RAW, trainer.config.model.lora is None
+    users = folder / trainer.family.denoiser / FULL_WEIGHTS_FILE if full else folder / WEIGHTS_FILE
+    file = raw if raw.exists() else users
+    with _part(file):
+        if file != raw and not full:
+            values = read_adapter(file, weights.model, place.whole(weights.params))
+        else:
+            values = load_tensors(file)
+            if full:  # the file of a whole network may hold tensors that are not trained
+                values = {name: value for name, value in values.items() if name in weights.params}
+            _refuse_others(values, weights.params, shapes)
+        return {name: values[name] for name in weights.params}
+
+
+def _state(folder: Path, fresh: TrainState) -> TrainState:
+    """The state of a checkpoint, which follows from its step and the run's settings; UserError where it does not."""
+    found, step = read_state(folder), read_manifest(folder)["step"]
+    expected = replace(fresh, step=step, samples=step * fresh.batch)
+    if found != expected:
+        raise UserError(f"{folder / STATE}: found {asdict(found)}, expected {asdict(expected)}; {_ELSE}")
+    return expected
+
+
+def _refuse_no_count(value: object, name: str, expected: int | None = None) -> None:
+    if type(value) is not int or not 0 <= value < _LARGEST_COUNT or expected not in (None, value):
+        wanted = "a count" if expected is None else expected
+        raise UserError(f"{name} is {printable(value, 60)}, expected {wanted}")
+
+
+def _refuse_others(
+    values: Mapping[str, Any], params: Mapping[str, Tensor], shapes: Mapping[str, torch.Size] | None
+) -> None:
+    """UserError where ``values`` are not tensors of these names and, where they are known, shapes."""
+    odd = sorted(values.keys() ^ params.keys())
+    if odd:
+        raise UserError(
+            f"found {len(values)} tensors, expected the {len(params)} that are trained; not in both: {odd[0]}"
+        )
+    for name, value in values.items():
+        if not isinstance(value, Tensor) or (shapes is not None and value.shape != shapes[name]):
+            found = list(value.shape) if isinstance(value, Tensor) else printable(value, 60)
+            raise UserError(f"{name} is {found}, expected {list((shapes or params)[name])}")
+
+
+@contextmanager
+def _part(file: Path) -> Iterator[None]:
+    """Name the file in what is wrong with it, whatever its foreign content raises."""
+    try:
+        yield
+    except UserError as error:
+        if any(str(file.parent) in line for line in error.problems):
+            raise
+        raise UserError(f"{file}: {'; '.join(error.problems)}; {_ELSE}") from error
+    except (KeyError, IndexError, ValueError, TypeError, AttributeError, OverflowError) as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise UserError(f"{file}: does not belong to this run ({reason}); {_ELSE}") from error

@@ -26,6 +26,7 @@ from qflux.validation.validation_sampler import (
     classifier_free,
     draw_picture,
     load_drawing_parts,
+    load_parts,
     with_negative,
 )
 
@@ -57,10 +58,7 @@ def _encode_texts(trainer: Any, samples: Sequence[EditSample]) -> list[dict[str,
     for stage in trainer.family.stages:
         if stage.kind != "text":
             continue
-        parts = {name: trainer.load(name) for name in stage.components}
-        for part in parts.values():
-            if isinstance(part, torch.nn.Module):
-                part.to(trainer.device)
+        parts = load_parts(trainer, stage.components)
         known: dict[Any, Mapping[str, Tensor]] = {}
         with torch.no_grad():
             for index, sample in enumerate(samples):

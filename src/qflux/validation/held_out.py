@@ -19,7 +19,10 @@ SIGMAS = (0.1, 0.3, 0.5, 0.7, 0.9)  # middles of five equal bins, before the res
 
 
 class HeldOut:
-    """Measures the training loss on held-out pairs, per noise level.
+    """Measures the loss on held-out pairs, per noise level: ``train.loss`` without ``train.sigma.weighting``.
+
+    The weighting steers training. Here each level stands beside the others as it is, so that runs of other weightings
+    can be compared and their mean is not that of the levels one of them prefers.
 
     trainer  gives ``predict`` and the config · read  (epoch, index) → EncodedSample · count  pairs there are
     shift    (H, W) → resolution shift of sigma

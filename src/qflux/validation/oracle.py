@@ -19,8 +19,9 @@ from torch import Tensor
 from qflux.data.feeder import collate, to_device
 from qflux.io.quiet import quiet_imports
 from qflux.models.loading import pipeline_options, quiet_libraries
+from qflux.models.model_folder import needed_components
 from qflux.types import EditSample, EncodedSample, Noised
-from qflux.validation.validation_sampler import call_pipeline
+from qflux.validation.validation_sampler import call_pipeline, load_parts
 
 PIPELINE_KEY = "pipeline."
 
@@ -53,13 +54,7 @@ def worst(differences: Iterable[Difference]) -> Difference:
 
 def load_components(trainer: Any) -> dict[str, Any]:
     """Every component of the trainer's model, on its device: encoders, scheduler and network."""
-    family = trainer.family
-    names = dict.fromkeys(name for stage in family.stages for name in stage.components)
-    components = {name: trainer.load(name) for name in [*names, "scheduler", family.denoiser]}
-    for part in components.values():
-        if isinstance(part, torch.nn.Module):
-            part.to(trainer.device)
-    return components
+    return load_parts(trainer, needed_components(trainer.family))
 
 
 def official_pipeline(trainer: Any, components: Mapping[str, Any], sample: EditSample) -> Any:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -82,7 +83,12 @@ def draw_picture(
 
 def load_drawing_parts(trainer: Any) -> dict[str, Any]:
     """The components that drawing needs besides the network and text encoders, on the trainer's device."""
-    parts = {name: trainer.load(name) for name in trainer.family.drawing}
+    return load_parts(trainer, trainer.family.drawing)
+
+
+def load_parts(trainer: Any, names: Iterable[str]) -> dict[str, Any]:
+    """Components by name, on the trainer's device."""
+    parts = {name: trainer.load(name) for name in dict.fromkeys(names)}
     for part in parts.values():
         if isinstance(part, torch.nn.Module):
             part.to(trainer.device)
@@ -167,15 +173,41 @@ class ValidationSampler:
 
     def _sheet(self, images: Mapping[str, Image.Image], out: Path) -> None:
         """Contact sheet and scores; ``before`` is what the same run drew at step 0."""
-        rows, scores = [], []
+        rows, scores, labels = [], [], []
         for sample, _ in self.samples:
             after = images[sample.id]
             first = out.parent / "step-000000" / f"{sample.id}.png"
             before = Image.open(first).convert("RGB") if first.is_file() and first.parent != out else None
             control = sample.controls[0] if sample.controls else None
             rows.append([control, before, after, sample.target])
-            if sample.target is not None:
-                scores.append({"name": sample.id, "score": psnr(after, sample.target), "metric": "PSNR"})
+            found = scored(after, sample)
+            scores += [found] if found else []
+            labels.append(f"{_divided(found)}{sample.prompt}")
         write_json(out / "scores.json", scores)
         # Last: a resumed run takes a step with a sheet for drawn.
-        write_png(out / "sheet.png", contact_sheet(rows, COLUMNS, row_labels=[s.prompt for s, _ in self.samples]))
+        write_png(out / "sheet.png", contact_sheet(rows, COLUMNS, row_labels=labels))
+
+
+def scored(picture: Image.Image, sample: EditSample) -> dict[str, Any]:
+    """An entry of scores.json: ``score``, the PSNR against the target, and with a mask also ``inside`` and ``outside``.
+
+    A sample without a target is compared with its first control of the picture's size, and has no ``score``: outside
+    the mask nothing should change. Empty where there is nothing to compare with; None for a side without a pixel.
+    """
+    same = [control for control in sample.controls if control.size == picture.size]
+    reference = sample.target or (same[0] if same and sample.mask is not None else None)
+    if reference is None:
+        return {}
+    entry: dict[str, Any] = {"name": sample.id, "metric": "PSNR", "reference": "target" if sample.target else "control"}
+    if sample.target is not None:
+        entry["score"] = psnr(picture, sample.target)
+    if sample.mask is not None:
+        sides = {side: psnr(picture, reference, sample.mask, side == "inside") for side in ("inside", "outside")}
+        entry |= {side: None if math.isnan(value) else value for side, value in sides.items()}
+    return entry
+
+
+def _divided(entry: Mapping[str, Any]) -> str:
+    """The figures of both sides of a mask, before a prompt that may be cut."""
+    known = [f"{side} {entry[side]:.1f}" for side in ("inside", "outside") if entry.get(side) is not None]
+    return f"PSNR {', '.join(known)} dB against the {entry['reference']} | " if known else ""
