@@ -9,6 +9,7 @@ cache, whose marks of damaged entries are empty files, and the demo, whose folde
 from __future__ import annotations
 
 import errno
+import io
 import itertools
 import json
 import os
@@ -156,11 +157,15 @@ def write_bytes(path: Path | str, data: bytes | bytearray | memoryview) -> None:
 def write_chunks(path: Path | str, chunks: Iterable[bytes | bytearray | memoryview], need: int) -> None:
     """Write pieces of together ``need`` bytes one after the other to ``path``, atomically; ``NoSpace``."""
     with atomic_path(path, need) as temp, open(temp, "xb", buffering=0) as handle:
-        for chunk in chunks:
-            reach("write.during")
-            view = memoryview(chunk)
-            while view:
-                view = view[handle.write(view) :]
+        _pour(chunks, handle)
+
+
+def _pour(chunks: Iterable[bytes | bytearray | memoryview], handle: io.FileIO) -> None:
+    for chunk in chunks:
+        reach("write.during")
+        view = memoryview(chunk)
+        while view:
+            view = view[handle.write(view) :]
 
 
 def write_text(path: Path | str, text: str) -> None:
@@ -191,8 +196,7 @@ def reserve(path: Path | str, size: int) -> Path:
 
 def _overwrite(path: Path | str, data: bytes, room: Path) -> None:
     with atomic_path(path, len(data), room) as temp, open(temp, "r+b", buffering=0) as handle:
-        reach("write.during")
-        handle.write(data)
+        _pour([data], handle)
         handle.truncate()
 
 
