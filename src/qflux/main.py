@@ -16,7 +16,7 @@ from qflux.config import Config, load_config
 from qflux.errors import BUG, DONE, Interrupted, QfluxError, UserError, interruption
 from qflux.io.atomic import disk_error
 from qflux.io.places import local_folder, refuse_file
-from qflux.io.progress import say, speak_as, speaker
+from qflux.io.progress import open_streams, say, speak_as, speaker, stop_writing
 from qflux.io.secrets import ADVICE, redacted_output, secret_in
 from qflux.runtime.signals import StopSignal, die_with_parent
 from qflux.trainer import GROUP
@@ -257,11 +257,15 @@ def tell(error: QfluxError) -> None:
         return
     mark = f"[process {rank}] " if rank else ""
     for line in str(error).splitlines():
-        print(f"{mark}{line}", file=sys.stderr)
+        try:
+            print(f"{mark}{line}", file=sys.stderr)
+        except OSError:  # nobody reads
+            stop_writing(sys.stderr)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run and turn expected failures into one line and an exit code; no secret is printed on the way."""
+    open_streams()
     with redacted_output():
         return _main(argv)
 

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import signal
+import subprocess
+import sys
+import termios
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -134,3 +140,38 @@ def test_launched_run(project: Project) -> None:
     assert done.foreign == []
     assert adapter_bytes(run, 60) == adapter_bytes(straight, 60)
     assert metrics(run) == metrics(straight)
+
+
+def test_a_terminal_that_is_closed_costs_nothing(project: Project) -> None:
+    """The run is the session that the terminal belongs to; closing the other end is what an ssh that breaks does."""
+    mine, its = os.openpty()
+    words = ["-m", "qflux.main", "--config", str(project.config), "train.max_train_steps=4000"]
+    process = subprocess.Popen(
+        [sys.executable, *words, "train.checkpointing_steps=4000"],
+        cwd=project.root,
+        stdin=its,
+        stdout=its,
+        stderr=its,
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )
+    os.close(its)
+    drain = threading.Thread(target=read_all, args=(mine,), daemon=True)
+    drain.start()
+    logged = project.root / "runs" / "tiny" / "v1" / "metrics.jsonl"
+    wait_for(lambda: logged.is_file() and logged.stat().st_size > 0, 60)
+    os.close(os.dup2(os.open(os.devnull, os.O_RDONLY), mine))
+    assert process.wait(SECONDS) == 129
+    drain.join(5)
+    run = project.newest()
+    told = record(run)
+    assert told["exit_code"] == 129
+    assert "interrupted" in told["reason"]
+    assert checkpoint(run, told["step"]).is_dir()
+
+
+def read_all(handle: int) -> None:
+    """What a terminal does with what it gets."""
+    with contextlib.suppress(OSError):
+        while os.read(handle, 4096):
+            pass

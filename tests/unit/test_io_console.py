@@ -1,11 +1,14 @@
 """Progress lines and quiet imports: people see our lines, and nothing stays behind."""
 
+import errno
 import io
 import logging
 import os
+import shlex
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 
@@ -59,6 +62,48 @@ def test_a_line_never_ends_a_run():
         process.stdin.close()
         assert process.stderr.read() == b"on\n"
     assert process.returncode == 0
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-", "2>/dev/full", ">/dev/full 2>/dev/full"])
+def test_whatever_of_the_streams_is_closed_the_code_is_the_same(tmp_path, closed):
+    config = Path(__file__).parents[2] / "configs/demo_flux_kontext.yaml"
+    words = f"{shlex.quote(sys.executable)} -m qflux.main --config {shlex.quote(str(config))} --check no.key=1 {closed}"
+    done = subprocess.run(["sh", "-c", words], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stdout + done.stderr
+    assert done.stderr == "" or done.stderr.count("\n") == 1
+
+
+def test_a_file_never_gets_the_number_of_a_closed_stream(tmp_path):
+    code = (
+        "import os; os.close(1); os.close(2)\n"
+        "from qflux.io.progress import open_streams\n"
+        "open_streams(); file = open('file', 'w'); os.write(1, b'text'); file.write(str(file.fileno() > 2))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=False).returncode == 0
+    assert (tmp_path / "file").read_text() == "True"
+
+
+def test_a_terminal_that_goes_takes_the_bar_with_it(monkeypatch):
+    gone = []
+
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+        def write(self, text):
+            if gone:
+                raise OSError(errno.EIO, "Input/output error")
+            return super().write(text)
+
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    monkeypatch.setenv("TERM", "xterm")
+    with progress.Progress(3, "caching") as bar:
+        bar.advance()
+        gone.append(True)
+        progress.say("a line")
+        bar.advance()
+    assert progress._bars == []
 
 
 @pytest.mark.parametrize(("total", "enabled"), [(0, True), (5, False)])

@@ -25,7 +25,7 @@ def plain_environment(monkeypatch):
             monkeypatch.delenv(name)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_the_first_signal_sets_a_flag_and_handlers_come_back(number, capfd):
     before = signal.getsignal(number)
     with StopSignal() as stop:
@@ -39,6 +39,18 @@ def test_the_first_signal_sets_a_flag_and_handlers_come_back(number, capfd):
         assert caught.value.exit_code == 128 + number
     assert signal.getsignal(number) is before
     assert "stopping in good order" in capfd.readouterr().out
+
+
+def test_a_hangup_that_is_ignored_stays_ignored(monkeypatch):
+    """As ``nohup`` leaves it."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopSignal(eager=True) as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop.asked
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_the_second_of_a_kind_raises_but_not_an_echo_or_another_kind(monkeypatch):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 from typing import Any
@@ -47,15 +48,27 @@ def say(text: str, everywhere: bool = False) -> None:
                 return
         print(text, flush=True)
     except OSError:
-        _stop_writing()
+        stop_writing(sys.stdout)
 
 
-def _stop_writing() -> None:
+def stop_writing(stream: Any) -> None:
     """Send the rest to nowhere; what is still buffered would raise again when the interpreter ends."""
     with suppress(OSError, ValueError, AttributeError):
         null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, sys.stdout.fileno())
+        os.dup2(null, stream.fileno())
         os.close(null)
+
+
+def open_streams() -> None:
+    """Open what the caller has closed of stdin, stdout and stderr: the next file would get its number, and the text."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free
+    for name, number in (("stdout", 1), ("stderr", 2)):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, "w", closefd=False))  # noqa: SIM115  (as long as the process)
 
 
 def _shown(value: object) -> str:
@@ -103,10 +116,18 @@ class Progress:
 
     def print_above(self, text: str) -> bool:
         """Print a line above the live bar; False when there is no bar."""
+        return self._on_bar(lambda bar: bar.console.print(text, markup=False, highlight=False, soft_wrap=True))
+
+    def _on_bar(self, do: Callable[[Any], object]) -> bool:
+        """Do something with the live bar; False when there is none, or when its terminal has gone."""
         if self._bar is None:
             return False
-        self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
-        return True
+        try:
+            do(self._bar)
+        except OSError:
+            self._bar = None
+            stop_writing(sys.stdout)
+        return self._bar is not None
 
     def advance(self, n: int = 1, **fields: object) -> None:
         """Count ``n`` more; ``fields`` (loss=0.12, …) are shown behind the rate until they change."""
@@ -114,8 +135,7 @@ class Progress:
         self._fields.update(fields)
         if not self._enabled:
             return
-        if self._bar is not None:
-            self._bar.update(self._task, completed=self.done, tail=self._tail())
+        if self._on_bar(lambda bar: bar.update(self._task, completed=self.done, tail=self._tail())):
             return
         now = time.monotonic()
         if self._printed < 0 or now - self._last >= _EVERY:
@@ -137,8 +157,7 @@ class Progress:
 
     def __exit__(self, *_: object) -> None:
         _bars.remove(self)
-        if self._bar is not None:
-            self._bar.stop()
+        if self._on_bar(lambda bar: bar.stop()):
             self._bar = None
         elif self._enabled and self.done > self._begin and self._printed != self.done:
             self._print_line()

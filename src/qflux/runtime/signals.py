@@ -15,14 +15,17 @@ from qflux.errors import Interrupted
 
 # A launcher passes a terminal's Ctrl-C on to workers that already got it: repeats within this many seconds are one.
 REPEAT_AFTER = 1.0
+_HANGUP = getattr(signal, "SIGHUP", None)  # there is none on Windows
+_STOPS = [number for number in (signal.SIGINT, signal.SIGTERM, _HANGUP) if number is not None]
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 # `accelerate launch` with one process sets all of these, whatever its settings, and no rank; users set single ones.
 _LAUNCHED = {"ACCELERATE_MIXED_PRECISION", "ACCELERATE_DYNAMO_BACKEND", "ACCELERATE_DYNAMO_MODE"}
 
 
 class StopSignal:
-    """While entered, SIGINT and SIGTERM only set a flag; a second one of the same kind raises KeyboardInterrupt.
+    """While entered, SIGINT, SIGTERM and SIGHUP only set a flag; a second one of a kind raises KeyboardInterrupt.
 
+    SIGHUP is that of a terminal that was closed; where it is ignored (``nohup``) it stays so.
     While ``eager`` the first one raises Interrupted at once: for phases that have nothing to save and ask nobody.
     ``asked`` tells that a stop was asked for, ``number`` which signal asked first. Outside the main thread, where
     Python allows no handlers, entering changes nothing. The old handlers come back on exit.
@@ -47,8 +50,9 @@ class StopSignal:
     def __enter__(self) -> StopSignal:
         """Take the handlers over."""
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._old[number] = signal.signal(number, self._handle)
+            for number in _STOPS:
+                if not (number == _HANGUP and signal.getsignal(number) == signal.SIG_IGN):
+                    self._old[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(
