@@ -33,6 +33,7 @@ from qflux.config_values import (
     QuantizeMethod,
     Section,
     Seed,
+    Several,
     Text,
     checkpointing,
     device_memory,
@@ -204,7 +205,7 @@ class TrainConfig(Section):
     trainer: Text = Field(description="name of the trainer, as registered in the entry points qflux.trainers")
     max_train_steps: Positive = Field(default=1000, description="optimizer steps of the run")
     seed: Seed = Field(default=0, description=f"seed of every draw, 0 to {SEED_LIMIT}")
-    gradient_accumulation_steps: Positive = Field(default=1, description="batches per process in one optimizer step")
+    gradient_accumulation_steps: Several = Field(default=1, description="batches per process in one optimizer step")
     gradient_checkpointing: Annotated[
         Literal["none", "ffn", "alternate", "full", "selective"],
         BeforeValidator(

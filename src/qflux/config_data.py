@@ -16,6 +16,7 @@ from qflux.config_values import (
     Pixels,
     Positive,
     Section,
+    Several,
     Text,
     color,
     control_sizes,
@@ -37,7 +38,7 @@ class DataConfig(Section):
     """Where samples come from and how they become batches."""
 
     dataset_path: Entries = Field(description="one source or a list: path, or {path | repo_id, split, repeats, …}")
-    batch_size: Positive = Field(default=1, description="samples per process in one forward")
+    batch_size: Several = Field(default=1, description="samples per process in one forward")
     target_size: Pixels | None = Field(default=None, description="[height, width] of targets in pixels; null = theirs")
     controls_size: Annotated[
         tuple[Pixels, ...] | None, BeforeValidator(control_sizes, json_schema_input_type=Pixels | list[Pixels] | None)

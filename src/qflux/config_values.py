@@ -22,6 +22,7 @@ _UNITS = {"": 30, "G": 30, "GB": 30, "GIB": 30, "M": 20, "MB": 20, "MIB": 20}  #
 
 Count = Annotated[int, Field(strict=True, ge=0)]
 Positive = Annotated[int, Field(strict=True, ge=1)]
+Several = Annotated[int, Field(strict=True, ge=1, le=10_000)]
 Seed = Annotated[int, Field(strict=True, ge=0, le=SEED_LIMIT)]
 Flag = Annotated[bool, Field(strict=True)]
 Text = Annotated[str, Field(min_length=1)]
@@ -206,7 +207,7 @@ class DatasetEntry(Section):
     path: FilePath | None = Field(default=None, description="folder, CSV or JSONL file; this or repo_id")
     repo_id: Text | None = Field(default=None, description="data set on the hub, OWNER/NAME; this or path")
     split: Text = Field(default="train", description="split of a data set that has splits")
-    repeats: Positive = Field(default=1, description="times each sample counts in an epoch")
+    repeats: Several = Field(default=1, description="times each sample counts in an epoch")
     control_path: tuple[FilePath, ...] | None = Field(
         default=None, description="folders with the first, second, … control of each stem; null = beside the targets"
     )
