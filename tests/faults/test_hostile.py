@@ -15,7 +15,9 @@ import pytest
 import xxhash
 import yaml
 from faults import hostile
+from faults.amounts import amount
 from faults.forked import Forked
+from faults.hostile_damage import damaged_case
 from faults.hostile_folders import checkpoints, hubs
 from faults.hostile_slots import Base, Case, adapters, configs, models, tables
 from tiny_project import Data
@@ -24,8 +26,11 @@ from qflux.data.entry import CacheDamaged, read_entry
 from qflux.utils.huggingface import load_editing_dataset
 
 MEMORY, SECONDS = 200 << 20, 1.0
+WORK, OPENING = 3.0, r": (training to step \d+|caching), by "  # seconds behind this line: weights were loaded
 CASES = [*configs(), *adapters(), *models(), *tables(), *checkpoints()]
 HUBS = list(hubs())
+DAMAGED = [damaged_case(number) for number in range(amount(12))]
+DAMAGED_HUBS = [damaged_case(number, hub=True) for number in range(amount(12) // 4)]
 Outcome = tuple[int, str, dict[str, float]]
 
 
@@ -118,6 +123,7 @@ GUARDS = {
     "places": "csv-path_target-link",
     "counts": "adapter-many-objects",
     "shards": "index-transformer-.._evil.safetensors",
+    "slots": "checkpoint-optimizer-other-shape",
 }
 
 
@@ -131,12 +137,22 @@ def test_without_its_guard_a_file_would_pass(victim: Victim, guard: str) -> None
 
 @pytest.fixture(scope="module")
 def hub_outcomes(victim: Victim) -> dict[str, Outcome]:
-    return victim.run_all(HUBS)
+    return victim.run_all([*HUBS, *DAMAGED_HUBS])
 
 
 @pytest.mark.parametrize("case", HUBS, ids=lambda case: case.name)
 def test_each_folder_of_the_hub_is_refused(victim: Victim, hub_outcomes: dict[str, Outcome], case: Case) -> None:
     judge(victim, case, hub_outcomes[case.name])
+
+
+@pytest.mark.parametrize("case", DAMAGED, ids=lambda case: case.name)
+def test_random_damage_is_harmless_or_refused(victim: Victim, case: Case) -> None:
+    judge_damage(victim, case, victim.run(case))
+
+
+@pytest.mark.parametrize("case", DAMAGED_HUBS, ids=lambda case: case.name)
+def test_random_damage_of_a_hub_set_is_too(victim: Victim, hub_outcomes: dict[str, Outcome], case: Case) -> None:
+    judge_damage(victim, case, hub_outcomes[case.name])
 
 
 @pytest.mark.parametrize("name", hostile.headers())
@@ -166,3 +182,15 @@ def judge(victim: Victim, case: Case, outcome: Outcome) -> None:
     assert len(said) < 20_000
     assert cost["memory"] < MEMORY, cost
     assert cost["seconds"] < SECONDS, cost
+
+
+def judge_damage(victim: Victim, case: Case, outcome: Outcome) -> None:
+    """Refused as ``judge`` says, or a run like any other."""
+    code, said, cost = outcome
+    print(f"{case.name}: {code}, {cost['seconds']:.2f} s, {int(cost['memory']) >> 20} MiB")
+    assert not victim.base.canary.exists()
+    assert "Traceback" not in said, said
+    assert code in (0, 2), said
+    assert len(said) < 20_000
+    assert cost["memory"] < MEMORY, cost
+    assert cost["seconds"] < (WORK if code == 0 or re.search(OPENING, said) else SECONDS), cost

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import ast
 import importlib.util
+import re
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from qflux.config import Config
     from qflux.types import Family
 
-_DISPATCHER, _NAMES = "models/attention_dispatch.py", "AttentionBackendName"
+_DISPATCHER, _CLASS = "models/attention_dispatch.py", "class AttentionBackendName"
+NATIVE = "native"  # torch's own, always there
 
 
 @cache
@@ -21,15 +22,16 @@ def attention_backends() -> frozenset[str]:
     found = importlib.util.find_spec("diffusers")
     if found is None or found.origin is None:
         return frozenset()
-    tree = ast.parse((Path(found.origin).parent / _DISPATCHER).read_text(encoding="utf-8"))
-    (names,) = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == _NAMES]
-    values = [node.value for node in names.body if isinstance(node, ast.Assign)]
-    return frozenset(str(value.value) for value in values if isinstance(value, ast.Constant))
+    text = (Path(found.origin).parent / _DISPATCHER).read_text(encoding="utf-8")
+    body = re.split(r"^(?=\S)", text[text.index("\n" + _CLASS) + 1 :], maxsplit=2, flags=re.MULTILINE)[1]
+    return frozenset(re.findall(r'^    [A-Z_0-9]+ = "(.+?)"', body, re.MULTILINE))
 
 
 def attention_problems(config: Config, family: Family) -> list[str]:
     """A kernel that there is none of, or one without masks where prompts of other lengths in a batch are masked."""
     backend, batch = config.train.attention_backend, config.data.batch_size
+    if backend == NATIVE:
+        return []
     if backend not in attention_backends():
         known = ", ".join(sorted(attention_backends()))
         return [f"train.attention_backend: found {backend!r}, expected one of {known}"]

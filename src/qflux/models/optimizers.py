@@ -258,13 +258,14 @@ def _groups(optimizer: Optimizer, saved: Any) -> list[dict[str, Any]]:
     lists = [group.get("params") for group in saved if isinstance(group, dict)] if isinstance(saved, list) else []
     numbers = [[index for index in ids if type(index) is int] for ids in lists if isinstance(ids, list)]
     sizes = [len(group["params"]) for group in optimizer.param_groups]
-    starts = [sum(sizes[:position]) for position in range(len(sizes))]
-    if numbers != [list(range(start, start + size)) for start, size in zip(starts, sizes, strict=True)]:
+    wanted = [list(range(sum(sizes[:position]), sum(sizes[: position + 1]))) for position in range(len(sizes))]
+    if numbers != wanted:
         raise UserError(
-            f"the optimizer's state holds {sum(map(len, numbers))} parameters, the model trains {sum(sizes)}; they must be the same: "
+            f"the optimizer's state holds {sum(map(len, numbers))} parameters, the model trains {sum(sizes)}; "
             "was the adapter's rank or target list changed?"
         )
-    return [_group(one, current) for one, current in zip(saved, optimizer.param_groups, strict=True)]
+    trios = zip(saved, wanted, optimizer.param_groups, strict=True)
+    return [_group(one, current) | {"params": ids} for one, ids, current in trios]
 
 
 def _group(saved: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str, Any]:
@@ -274,7 +275,7 @@ def _group(saved: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str, An
         found = _form(numbers.get(key))
         if found != _form(example):
             raise UserError(f"param_groups: {key} is {found}, expected {_form(example)}")
-    merged = {**current, **numbers, "params": saved["params"]}
+    merged = {**current, **numbers}
     order = dict.fromkeys([*(key for key in saved if key in merged), *merged])
     return {key: merged[key] for key in order}
 

@@ -194,6 +194,7 @@ def make_order(trainer: BaseTrainer, dataset: EditDataset, place: Placement, bat
 
 
 def set_attention(model: Any, backend: str) -> None:
+    """Give a network of diffusers that attention kernel; UserError where this machine lacks what it needs."""
     try:
         model.set_attention_backend(backend)
     except (ValueError, RuntimeError) as error:
