@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny_project import Project, adapter_bytes, checkpoint, differing, finish, lines_of, metrics, record, wait_for
+
+from qflux.trainer import loop
 
 KEEP = ("train.checkpointing_steps=1", "train.checkpoints_total_limit=null")
 
@@ -139,3 +143,32 @@ def test_killed_run(project: Project) -> None:
     assert "resumed from checkpoint-0000" in done.out
     assert project.newest("killed") == run
     assert_same_run(run, straight, 60)
+
+
+@pytest.mark.parametrize("moved", [False, True], ids=["removed", "moved"])
+@pytest.mark.parametrize("seen", ["logging", "saving", "validating"])
+def test_a_run_folder_that_goes_ends_the_run(
+    project: Project, monkeypatch: pytest.MonkeyPatch, moved: bool, seen: str
+) -> None:
+    """At the first thing that would be written, in one line, and nothing is made in its place."""
+    step, made = loop.optimizer_step, project.root / "runs" / "lost" / "v1"
+
+    def then_gone(run: loop.Run, *args: Any) -> Any:
+        done = step(run, *args)
+        if run.weights.state.step == 2:
+            made.rename(made.with_name("moved")) if moved else shutil.rmtree(made)
+        return done
+
+    monkeypatch.setattr(loop, "optimizer_step", then_gone)
+    words = ["train.max_train_steps=9", f"train.checkpointing_steps={4 if seen == 'saving' else 2}"]
+    words += ["train.checkpointing_steps=8"] if seen == "logging" else []
+    words += [] if seen == "logging" else ["logging.logging_steps=50"]
+    words += project.validating(3) if seen == "validating" else []
+    done = project.run(*words, "logging.tracker_project_name=lost")
+    assert done.code == 3
+    assert done.err.strip() == f"the run folder {made} is gone or was moved; put it back and go on with --resume auto"
+    assert not made.exists()
+    if moved:
+        made.with_name("moved").rename(made)
+        monkeypatch.undo()
+        assert record(project.train(*words, "--resume", "auto", name="lost"))["exit_code"] == 0

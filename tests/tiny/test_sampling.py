@@ -255,6 +255,22 @@ def test_sample_mode_draws_the_bare_model(project: Project) -> None:
     assert np.array_equal(pixels(out / "sample-0.png"), expected)
 
 
+@pytest.mark.parametrize("name", ["sample-0.png", "sheet.png", "scores.json"])
+def test_sample_mode_replaces_its_own_files_only(project: Project, name: str) -> None:
+    out, words = project.root / "drawn", settings(project, [[project.data.control]])
+    out.mkdir()
+    (out / name).write_text("mine")
+    (out / "notes.txt").write_text("mine")
+    done = project.run("--sample", "--out", out, *words)
+    assert (done.code, (out / name).read_text()) == (2, "mine")
+    assert f"--out: {out} holds {name}, which no --sample has written; move it away or name another folder" in done.err
+    assert len(list(out.iterdir())) == 2
+    (out / name).unlink()
+    for samples in ([[project.data.control], []], [[]], [[], [project.data.control]]):
+        assert project.run("--sample", "--out", out, *settings(project, samples)).code == 0
+    assert (out / "notes.txt").read_text() == "mine"
+
+
 def test_sample_mode_draws_with_the_attention_that_was_asked_for(
     project: Project, monkeypatch: pytest.MonkeyPatch
 ) -> None:

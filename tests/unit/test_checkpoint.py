@@ -232,3 +232,21 @@ def test_a_manifest_that_names_files_outside_is_refused(tmp_path):
     manifest["xxh3"] = checkpoint._manifest_digest(manifest)
     (path / "manifest.json").write_text(json.dumps(manifest))
     assert "outside" in verify_checkpoint(path)[0]
+
+
+@pytest.mark.parametrize("again", ["checkpoint-000009", "checkpoint-000003", "checkpoint-000009.old"])
+def test_a_copy_under_another_number_is_told_and_left_alone(tmp_path, capsys, again):
+    for step in (2, 4):
+        save_checkpoint(tmp_path, step, content(str(step)), IDENTITY, None)
+    copy = Path(shutil.copytree(tmp_path / "checkpoint-000002", tmp_path / again))
+    (problem,) = verify_checkpoint(copy)
+    assert problem.startswith(f"{copy / 'manifest.json'}: written at step 2, ")
+    (tmp_path / "checkpoint-000004" / "b.bin").unlink()
+    assert find_checkpoint(tmp_path) == tmp_path / "checkpoint-000002"
+    assert f"{again} is damaged and is not used: {problem}" in capsys.readouterr().out
+    for step in (5, 9, 10, 11):
+        save_checkpoint(tmp_path, step, content(str(step)), IDENTITY, 2)
+    assert names(tmp_path)[-2:] == ["checkpoint-000010", "checkpoint-000011"]
+    (kept,) = names(tmp_path)[:-2]
+    assert (read_manifest(tmp_path / kept)["step"], kept.startswith(again[:17])) == (2, True)
+    assert (tmp_path / kept / "b.bin").read_bytes() == b"b"

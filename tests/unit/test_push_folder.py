@@ -35,3 +35,16 @@ def test_an_altered_note_is_one_line_and_deletes_nothing(tmp_path, note):
     with pytest.raises(UserError, match=rf"--out: .*{push.WRITTEN}.*move it away"):
         push._refuse_others(tmp_path, ["README.md"])
     assert (tmp_path / "mine.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["README.md", "pytorch_lora_weights.safetensors", "samples/sheet.png"])
+def test_a_file_that_no_push_has_noted_is_never_replaced(tmp_path, name):
+    mine = tmp_path / name
+    mine.parent.mkdir(exist_ok=True)
+    mine.write_text("mine")
+    with pytest.raises(UserError, match=f"holds files that are not of this push: {name}"):
+        push._refuse_others(tmp_path, ["README.md", "pytorch_lora_weights.safetensors", "samples/sheet.png"])
+    assert mine.read_text() == "mine"
+    (tmp_path / push.WRITTEN).write_text(json.dumps([name]))
+    push._refuse_others(tmp_path, ["README.md", "pytorch_lora_weights.safetensors", "samples/sheet.png"])
+    assert mine.read_text() == "mine", "it is the push that replaces it"

@@ -12,7 +12,8 @@ from qflux.errors import Locked, NoSpace, UserError
 from qflux.io import atomic, faults
 from qflux.runtime import run_folder
 from qflux.runtime.checkpoint import list_checkpoints, save_checkpoint
-from qflux.runtime.run_folder import RunFolder, identity_differences, open_run, read_record, run_folders
+from qflux.runtime.run_folder import RunFolder, open_run, read_record, run_folders
+from qflux.runtime.run_identity import identity_differences
 
 IDENTITY = {"model": {"lora": {"r": 16}, "targets": ("a", "b")}, "seed": 3}
 SCHEMA = Path(__file__).parents[2] / "docs" / "schemas" / "run.schema.json"
@@ -168,7 +169,9 @@ def test_auto_refuses_another_identity_and_lists_the_keys(config):
         open_run(config, other, "auto")
     text = str(caught.value)
     assert "model.lora.r: 16 there, 8 now" in text
-    assert 'data: (absent) there, "x" now' in text
+    assert (
+        'data: a picture, mask or caption changed, came or went since the run began ((absent) there, "x" now)' in text
+    )
     assert "targets" not in text
     assert "without --resume" in text
     assert [path.name for path in run_folders(config.logging.output_dir / "demo")] == ["v1"]
@@ -250,7 +253,7 @@ def test_a_resume_keeps_what_it_goes_on_from(config):
     ids=lambda text: text[:30],
 )
 def test_a_strangers_run_json_is_no_record(config, capsys, text):
-    path = crashed(config, 2)
+    path = crashed(config)
     (path / "run.json").write_text(text)
     with pytest.raises(UserError, match=r"^--resume .*: its run\.json is damaged or not one that qflux wrote"):
         open_run(config, IDENTITY, str(path))

@@ -5,13 +5,14 @@ A model is a folder as ``save_pretrained`` of a pipeline leaves it: ``model_inde
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from qflux.errors import UserError
 from qflux.io.headers import CONVERT, PICKLE_SUFFIXES, read_header
-from qflux.io.json_files import read_object
+from qflux.io.json_files import SIZE_LIMIT, read_object
 from qflux.types import Family
 
 KEY = "model.pretrained_model_name_or_path"
@@ -67,6 +68,7 @@ def _component_problems(root: Path) -> Iterator[str]:
         yield f"{root} holds adapter_config.json, which would load another model under it; expected a whole model"
     for path in (root / name for name in ("config.json", f"{root.name}_config.json")):
         yield from _config_problems(path) if path.exists() else ()
+    yield from _tokenizer_problems(root / "tokenizer.json")
     for path in sorted(root.glob("*.safetensors")):
         try:
             read_header(path)
@@ -80,6 +82,23 @@ def _component_problems(root: Path) -> Iterator[str]:
             continue
         if lost:
             yield f"{root} lacks {', '.join(lost)}, which {index.name} names; fetch the model again"
+
+
+def _tokenizer_problems(path: Path) -> Iterator[str]:
+    """A tokenizer that is no JSON; of one that the reader takes for too large only the end is looked at."""
+    try:
+        if path.is_file() and path.stat().st_size > SIZE_LIMIT:
+            with open(path, "rb") as stream:
+                stream.seek(-64, os.SEEK_END)
+                whole = stream.read().rstrip().endswith(b"}")
+            if not whole:
+                yield f"{path} cannot be read: it was cut short; fetch it again"
+        elif path.exists():
+            read_object(path, KEY)
+    except OSError as error:
+        yield f"{path} cannot be read: {error.strerror}; fetch it again"
+    except UserError as error:
+        yield from (line.removeprefix(f"{KEY}: ") for line in error.problems)
 
 
 def _config_problems(path: Path) -> Iterator[str]:

@@ -79,12 +79,18 @@ def save_checkpoint(
 
 
 def verify_checkpoint(path: Path) -> list[str]:
-    """Problems of a checkpoint, one line each; empty when every file has the size and digest of the manifest."""
+    """Problems of a checkpoint, one line each; empty when every file has the size and digest of the manifest.
+
+    A copy under another number is one: as the newest it would set every resume back.
+    """
     path = Path(path)
     try:
         manifest = read_manifest(path)
     except (OSError, ValueError) as error:
         return [f"{path / MANIFEST}: {_reason(error)}"]
+    if _is_misnamed(path, manifest):
+        said = f"written at step {manifest['step']}, which is not the number of its folder"
+        return [f"{path / MANIFEST}: {said}; rename it {checkpoint_name(manifest['step'])}, or move it away"]
     problems = []
     for name, expected in manifest["files"].items():
         try:
@@ -142,6 +148,20 @@ def read_manifest(path: Path) -> dict[str, Any]:
         if not name or parts.is_absolute() or ".." in parts.parts or not is_inside(path / name, (path,)):
             raise ValueError(f"a file outside the checkpoint is listed: {printable(name)}")
     return manifest
+
+
+def _is_misnamed(path: Path, manifest: Mapping[str, Any]) -> bool:
+    """Whether somebody gave a checkpoint the number of another step."""
+    match = _NAME.fullmatch(path.name)
+    return match is not None and int(match[1]) != manifest["step"]
+
+
+def _is_somebodys(path: Path) -> bool:
+    """Whether a checkpoint is somebody's copy under another number: it is neither counted nor removed."""
+    try:
+        return _is_misnamed(path, read_manifest(path))
+    except (OSError, ValueError):
+        return False
 
 
 def _is_complete(manifest: Mapping[str, Any]) -> bool:
@@ -210,7 +230,8 @@ def rotate(run_dir: Path, step: int, limit: int | None, keep: Path | None = None
     reach("rotation.before")
     stay = {run_dir / checkpoint_name(step)} | ({keep} if keep is not None else set())
     numbered = [(int(_NAME.fullmatch(path.name)[1]), path) for path in list_checkpoints(run_dir)]  # type: ignore[index]
-    older = [(number, path) for number, path in numbered if number <= step and path not in stay and _is_ours(path)]
+    ours = [(number, path) for number, path in numbered if _is_ours(path) and not _is_somebodys(path)]
+    older = [(number, path) for number, path in ours if number <= step and path not in stay]
     superseded = [path for number, path in older if path.suffix and _is_whole(run_dir / checkpoint_name(number))]
     rest = [path for _, path in older if path not in superseded]
     surplus = rest[: max(0, len(rest) - max(limit - 1, 0))] if limit is not None else []
@@ -229,8 +250,11 @@ def _is_ours(path: Path) -> bool:
 
 
 def _remove(path: Path) -> None:
-    """Remove a checkpoint we wrote; it stays when it holds a file that its manifest does not list."""
+    """Remove a checkpoint we wrote; it stays when it is a copy or holds a file that its manifest does not list."""
     atomic.sweep(path)  # of an export that was killed
+    if _is_somebodys(path):
+        say(f"{path.name} stays: it is a copy of a checkpoint of another step")
+        return
     try:
         listed = strict_read(path / MANIFEST)["files"]
         foreign = set(_files(path)) - set(listed) - {MANIFEST}

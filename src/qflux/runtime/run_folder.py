@@ -7,6 +7,7 @@ it ended (``exit_code`` is null while it runs and after a crash).
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -17,7 +18,7 @@ from types import NoneType
 from typing import Any
 
 from qflux.config import dump_config
-from qflux.errors import DONE, QfluxError, UserError
+from qflux.errors import DONE, QfluxError, RunStopped, UserError
 from qflux.io import atomic
 from qflux.io.faults import reach
 from qflux.io.json_files import strict_read
@@ -32,15 +33,14 @@ from qflux.runtime.checkpoint import (
     taken_names,
     verify_checkpoint,
 )
+from qflux.runtime.run_identity import Identity, differs
 from qflux.runtime.tracking import METRICS, trim_metrics
 from qflux.runtime.versions import version_changes, versions
 
 FORMAT = 1
 RECORD = "run.json"
-BATCH = "samples_per_step"  # the key of a run's identity that another number of processes keeps
 LOCK = ".lock"
 SAMPLES = "samples"
-_ABSENT = "(absent)"
 _RESERVED = 16384  # bytes, more than run.json has
 
 
@@ -58,6 +58,7 @@ class RunFolder:
     _held: ExitStack = field(default_factory=ExitStack)
     follower: bool = False
     _reserve: Path | None = None  # takes room until run.json has told how the run ended, also on a full disk
+    _open: int | None = None  # the folder itself, whatever its name: held open, its number goes to no other
 
     def told(self) -> dict[str, Any]:
         """What the other processes of a run must know, as JSON values."""
@@ -72,19 +73,45 @@ class RunFolder:
         checkpoint = None if told["checkpoint"] is None else Path(told["checkpoint"])
         return cls(Path(told["path"]), checkpoint, told["step"], told["record"], follower=True)
 
+    @property
+    def gone(self) -> bool:
+        """Whether the folder was removed or moved since: what is written now would lie in another one, made anew."""
+        if self._open is None:
+            return False
+        try:
+            (self.path / RECORD).stat()
+            return not os.path.samestat(self.path.stat(), os.fstat(self._open))
+        except (FileNotFoundError, NotADirectoryError):
+            return True
+        except OSError:  # what is written next tells what is wrong with the disk
+            return False
+
+    def loss(self) -> RunStopped | None:
+        """What a folder that is gone means for the run."""
+        advice = "put it back and go on with --resume auto"
+        return RunStopped(f"the run folder {self.path} is gone or was moved; {advice}") if self.gone else None
+
+    def check(self) -> None:
+        """Raise ``loss``."""
+        lost = self.loss()
+        if lost is not None:
+            raise lost
+
     def note(self, text: str) -> None:
-        """Add a line to ``notes`` in run.json: what users of the result must know."""
+        """Add a line to ``notes`` in run.json: what users of the result must know. RunStopped as of ``check``."""
         if text not in self.record["notes"] and not self.follower:
+            self.check()
             self.record["notes"].append(text)
             _write_record(self.path, self.record)
 
     def finish(self, exit_code: int, reason: str, step: int) -> None:
-        """Write how the run ended into run.json and let the lock go."""
+        """Write how the run ended into run.json, where the folder is not gone, and let the lock go."""
         if self.follower:
             return
         try:
             self.record.update(exit_code=exit_code, reason=redact(reason), step=step)
-            _write_record(self.path, self.record, self._reserve)
+            if not self.gone:
+                _write_record(self.path, self.record, self._reserve)
         finally:
             self.close()
 
@@ -94,6 +121,9 @@ class RunFolder:
             with suppress(OSError):
                 self._reserve.unlink()
             self._reserve = None
+        if self._open is not None:
+            os.close(self._open)
+            self._open = None
         self._held.close()
 
     def __enter__(self) -> RunFolder:
@@ -125,7 +155,7 @@ def open_run(
     processes keeps its ``samples_per_step`` where that is a multiple of it (0: it must be equal).
     Raises UserError (identity differs, no such checkpoint), Locked (the run lives), NoSpace.
     """
-    wanted = _Identity(json.loads(json.dumps(identity)), share)
+    wanted = Identity(json.loads(json.dumps(identity)), share)
     root = Path(config.logging.output_dir) / config.logging.tracker_project_name
     folder: Path | None = None
     checkpoint: Path | None = None
@@ -155,6 +185,8 @@ def open_run(
             say(changed)
         run = RunFolder(folder, checkpoint, step, record, _reserve=atomic.reserve(folder / RECORD, _RESERVED))
         _begin(run, config, in_place)
+        with suppress(OSError):  # a system that opens no folders
+            run._open = os.open(folder, os.O_RDONLY)
         run._held = stack.pop_all()
         return run
 
@@ -195,32 +227,7 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     return record if type(steps) is int and type(code) in (int, NoneType) else None
 
 
-def identity_differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
-    """One line a key whose value differs, by dotted name with both values."""
-    old, new = dict(_leaves(there)), dict(_leaves(here))
-    keys = [key for key in sorted(old | new) if old.get(key, _ABSENT) != new.get(key, _ABSENT)]
-    return [f"  {key}: {_shown(old, key)} there, {_shown(new, key)} now" for key in keys]
-
-
-@dataclass(frozen=True)
-class _Identity:
-    """What a resumed run must be equal to; see ``open_run`` for ``share``."""
-
-    values: dict[str, Any]
-    share: int
-
-    def beside(self, there: Mapping[str, Any]) -> dict[str, Any]:
-        """These values, with the samples of a step that another identity has where they can be kept."""
-        old = there.get(BATCH)
-        keep = self.share and isinstance(old, int) and old % self.share == 0
-        return {**self.values, BATCH: old} if keep else self.values
-
-    def differences(self, there: Mapping[str, Any]) -> list[str]:
-        """One line a key that differs."""
-        return identity_differences(there, self.beside(there))
-
-
-def _choose(root: Path, identity: _Identity, max_steps: int) -> Path | None:
+def _choose(root: Path, identity: Identity, max_steps: int) -> Path | None:
     """The folder ``--resume auto`` continues; UserError when only folders of another identity could be."""
     refused: tuple[Path, list[str]] | None = None
     empty: Path | None = None  # of a run that ended before it wrote anything: it must not hide one that got further
@@ -230,20 +237,33 @@ def _choose(root: Path, identity: _Identity, max_steps: int) -> Path | None:
             if not _foreign_entries(folder):
                 empty = empty or folder
                 continue
-            say(f"{folder} has no readable {RECORD} and is not continued")
-            continue
-        if record.get("exit_code") == DONE and record.get("max_train_steps", 0) >= max_steps:
+            record = _told_by_checkpoint(folder, identity)
+        if record is None or (record.get("exit_code") == DONE and record.get("max_train_steps", 0) >= max_steps):
             continue
         differences = identity.differences(record.get("identity", {}))
         if not differences:
             return folder
         refused = refused or (folder, differences)
     if refused:
-        raise _differs(*refused)
+        raise differs(*refused)
     return empty
 
 
-def _explicit(path: Path, identity: _Identity) -> tuple[Path | None, Path | None]:
+def _told_by_checkpoint(folder: Path, identity: Identity) -> dict[str, Any] | None:
+    """Of what run a folder without a readable run.json is, as its newest sound checkpoint tells; None without one."""
+    newest = find_checkpoint(folder)
+    if newest is None:
+        say(f"{folder} has no readable {RECORD} and is not continued")
+        return None
+    there = read_manifest(newest)["identity"]
+    if not identity.differences(there):
+        if (folder / RECORD).is_dir():
+            raise UserError(f"--resume: {folder / RECORD} is a folder, expected a file; move it away")
+        say(f"{folder} has no readable {RECORD}; its {newest.name} is of this run, which goes on")
+    return {"identity": there}
+
+
+def _explicit(path: Path, identity: Identity) -> tuple[Path | None, Path | None]:
     """(folder to continue in place, or None for a new one; checkpoint, or None for the newest of that folder)."""
     if (path / MANIFEST).is_file():
         path = path.resolve()
@@ -261,26 +281,18 @@ def _explicit(path: Path, identity: _Identity) -> tuple[Path | None, Path | None
         raise UserError(f"--resume {path}: {found}; expected auto, a folder v<K> of a run, or a checkpoint in one")
     differences = identity.differences(record.get("identity", {}))
     if differences:
-        raise _differs(path, differences)
+        raise differs(path, differences)
     return path.resolve(), None
 
 
-def _differs(folder: Path, differences: list[str]) -> UserError:
-    return UserError(
-        f"--resume: {folder} was made with other settings or data; a resume must be the same run, but these differ:",
-        *differences,
-        "put the old values back (its config.yaml has them), or start a new run without --resume",
-    )
-
-
-def _checkpoint_step(checkpoint: Path | None, identity: _Identity) -> tuple[int, dict[str, Any]]:
+def _checkpoint_step(checkpoint: Path | None, identity: Identity) -> tuple[int, dict[str, Any]]:
     """(step of a checkpoint or 0; the identity that the run goes on with)."""
     if checkpoint is None:
         return 0, identity.values
     manifest = read_manifest(checkpoint)
     differences = identity.differences(manifest["identity"])
     if differences:
-        raise _differs(checkpoint, differences)
+        raise differs(checkpoint, differences)
     return manifest["step"], identity.beside(manifest["identity"])
 
 
@@ -362,13 +374,3 @@ def _entries(root: Path) -> list[Path]:
 def _foreign_entries(folder: Path) -> list[str]:
     ours = (LOCK, atomic.TEMP_PREFIX)
     return [path.name for path in _entries(folder) if not path.name.startswith(ours)]
-
-
-def _leaves(tree: Any, name: str = "") -> list[tuple[str, Any]]:
-    if isinstance(tree, Mapping) and tree:
-        return [leaf for key, value in tree.items() for leaf in _leaves(value, f"{name}.{key}" if name else str(key))]
-    return [(name, tree)]
-
-
-def _shown(leaves: Mapping[str, Any], key: str) -> str:
-    return json.dumps(leaves[key]) if key in leaves else _ABSENT

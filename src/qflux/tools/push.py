@@ -24,11 +24,11 @@ from qflux.errors import UserError
 from qflux.io import atomic
 from qflux.io.digests import xxh3
 from qflux.io.faults import reach
-from qflux.io.json_files import strict_read
-from qflux.io.places import printable, refuse_file
+from qflux.io.places import refuse_file
 from qflux.io.progress import say
 from qflux.io.quiet import quiet_imports
 from qflux.io.tensors import read_metadata
+from qflux.io.written import noted
 from qflux.models.adapters import WEIGHTS_FILE
 from qflux.runtime.checkpoint import (
     drawn_weights,
@@ -225,9 +225,10 @@ def _comfyui_export(source: _Source) -> Path | None:
 
 
 def _refuse_others(folder: Path, files: list[str]) -> None:
-    """A folder with other files in it is somebody's: nothing is written there, let alone uploaded."""
+    """A folder with files in it that no push has noted is somebody's: nothing is written there, let alone uploaded."""
     refuse_file(folder, "--out", "name an empty one, or none for one in the run's folder")
-    for name in _written(folder) - set(files):  # an earlier push's, and of no use any more
+    ours = noted(folder / WRITTEN)
+    for name in ours - set(files):  # an earlier push's, and of no use any more
         if _OURS.fullmatch(name):
             (folder / name).unlink(missing_ok=True)
     parts = {name.rpartition("/")[0] for name in files}  # "" is the folder itself
@@ -235,22 +236,10 @@ def _refuse_others(folder: Path, files: list[str]) -> None:
     for part in sorted(parts):
         atomic.sweep(folder / part)
         names = [f"{part}/{name}".lstrip("/") for name in _names(folder / part)]
-        others += [name for name in names if name not in (*files, WRITTEN) and name not in parts]
+        others += [name for name in names if name not in ours & {*files} and name not in (*parts, WRITTEN)]
     if others:
         shown = ", ".join(others[:3]) + (f" and {len(others) - 3} more" if len(others) > 3 else "")
         raise UserError(f"--out: {folder} holds files that are not of this push: {shown}; move them away")
-
-
-def _written(folder: Path) -> set[str]:
-    """The names that the last push noted in the folder; UserError where the note is not as a push writes it."""
-    note = folder / WRITTEN
-    try:
-        names = strict_read(note) if note.is_file() else []
-    except (OSError, ValueError) as error:
-        raise UserError(f"--out: {note} cannot be read ({printable(error)}); move it away") from None
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise UserError(f"--out: {note} was altered: expected a list of file names; move it away")
-    return set(names)
 
 
 def _names(folder: Path) -> list[str]:

@@ -77,6 +77,7 @@ class Run:
 
     def validate(self) -> None:
         """Samples and held-out loss of the step just made."""
+        self.place.group.first(self.folder.check)
         self.validation.run(self.weights, self.tracker, self.folder.path)
 
     def save(self) -> None:
@@ -91,16 +92,12 @@ class Run:
                 refuse_non_finite(files, state.step)
                 files.write(folder)
 
-            group.first(
-                lambda: save_checkpoint(
-                    self.folder.path,
-                    state.step,
-                    write,
-                    self.identity,
-                    self.trainer.config.train.checkpoints_total_limit,
-                    state,
-                )
-            )
+            def publish() -> None:
+                self.folder.check()
+                limit = self.trainer.config.train.checkpoints_total_limit
+                save_checkpoint(self.folder.path, state.step, write, self.identity, limit, state)
+
+            group.first(publish)
         self.saved = state.step
 
     def rescue(self, error: BaseException) -> None:
@@ -193,7 +190,7 @@ def _fit(trainer: BaseTrainer, opened: Opened, stop: StopSignal) -> None:
         code, reason = 128 + (stop.number or signal.SIGINT), "interrupted twice"
         raise
     except OSError as error:
-        failed = atomic.disk_error(error, folder.path)
+        failed = folder.loss() or atomic.disk_error(error, folder.path)
         if failed is None:
             raise
         code, reason = failed.exit_code, str(failed)
@@ -211,7 +208,8 @@ def _close(run: Run | None, folder: RunFolder, main: bool, code: int, reason: st
     try:
         if run is not None:
             run.tracker.close()
-            unwritten = _report(folder.path, {"exit_code": code, "reason": reason, "step": step}) if main else None
+            told = {"exit_code": code, "reason": reason, "step": step}
+            unwritten = _report(folder.path, told) if main and not folder.gone else None
         if code == DONE and unwritten is not None:
             code, reason = NoSpace.exit_code, str(unwritten)
     finally:  # last: nothing of a run that is done is made up for after a kill
@@ -294,6 +292,7 @@ def _train(run: Run) -> None:
             if state.step % config.logging.logging_steps == 0 or state.step == total:
                 values = _metrics(run, loss, norm, finite, learning_rate)
                 values["samples_per_second"] = (state.samples - logged) / max(time.perf_counter() - began, 1e-9)
+                run.folder.check()
                 run.tracker.log(state.step, **values)
                 began, logged = time.perf_counter(), state.samples
                 bar.advance(loss=values["loss"], lr=learning_rate, samples_s=values["samples_per_second"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -11,12 +12,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from qflux.errors import QfluxError, UserError
+from qflux.io.atomic import write_json
 from qflux.io.progress import say
+from qflux.io.written import noted
 from qflux.models import adapters
 from qflux.models.optimizers import eval_mode
 from qflux.runtime.checkpoint import drawn_weights, find_checkpoint, verify_checkpoint
 from qflux.runtime.tracking import METRICS, read_metrics
-from qflux.trainer.early import memo_of, read_samples
+from qflux.trainer.early import memo_of, read_samples, sample_name
 from qflux.trainer.encoding import cache_manager, drawn_specs, fill_cache, text_stages
 from qflux.trainer.memory import advised
 from qflux.trainer.state import Weights
@@ -25,6 +28,8 @@ from qflux.validation.comparison import encode_texts
 from qflux.validation.fence import fenced
 from qflux.validation.held_out import HeldOut
 from qflux.validation.validation_sampler import (
+    SCORES,
+    SHEET,
     STOPPED,
     ValidationSampler,
     load_drawing_parts,
@@ -43,6 +48,7 @@ OUT_OF_MEMORY = (
     "--plan --memory 24GB names the first change that fits a card; model.quantize, train.offload_blocks and a smaller "
     "size in logging.validation.samples take less"
 )
+NOTE = ".sample.json"  # names of the files that --sample wrote into a folder
 TextSample = tuple[EditSample, dict[str, torch.Tensor]]
 Made = TypeVar("Made")
 
@@ -111,7 +117,7 @@ class Validation:
         def left() -> list[bool]:
             lines = read_metrics(folder / METRICS)
             measured = any("val_loss" in line and line["step"] == step for line in lines)
-            drawn = (folder / "samples" / f"step-{step:06d}" / "sheet.png").is_file()
+            drawn = (folder / "samples" / f"step-{step:06d}" / SHEET).is_file()
             return [not measured, not drawn]
 
         measure, draw = self.trainer.group.share(left)
@@ -169,6 +175,8 @@ def _draw_samples(
     settings = trainer.config.logging
     if not settings.validation.samples:
         raise UserError("logging.validation.samples: found none, expected at least one {prompt, controls} to draw")
+    names = [f"{sample_name(i)}.png" for i in range(len(settings.validation.samples))] + [SCORES, SHEET]
+    place.group.first(lambda: _refuse_others(out, names))
     folder = _find_weights(checkpoint)
     cache = cache_manager(trainer, memo_of(trainer.config)) if trainer.config.cache.use_cache else None
     stop.eager = False
@@ -180,10 +188,24 @@ def _draw_samples(
     model = place.placed(model)
     out = out or Path(settings.output_dir) / settings.tracker_project_name / "samples"
     say(f"drawing {len(samples)} samples with {folder if folder else 'the bare model'} into {out}")
+    place.group.first(lambda: write_json(out / NOTE, sorted(noted(out / NOTE).union(names))))
     with adapters.rounded_copy(model, trainer.dtype):
         make_sampler(trainer, samples).draw(model, out, stop, fence=False)
     stop.poll()
     return out
+
+
+def _refuse_others(out: Path | None, names: Sequence[str]) -> None:
+    """UserError where one of ``names`` would replace a file in ``out`` that no ``--sample`` has noted."""
+    if out is None:
+        return
+    ours = noted(out / NOTE)
+    taken = [name for name in names if name not in ours and os.path.lexists(out / name)]
+    if taken:
+        shown = ", ".join(taken[:3]) + (f" and {len(taken) - 3} more" if len(taken) > 3 else "")
+        raise UserError(
+            f"--out: {out} holds {shown}, which no --sample has written; move it away or name another folder"
+        )
 
 
 def _find_weights(checkpoint: str | None) -> Path | None:

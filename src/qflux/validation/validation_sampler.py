@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from qflux.runtime.signals import StopSignal
 
+SCORES, SHEET = "scores.json", "sheet.png"  # written beside the pictures
 COLUMNS = ("control", "before", "after", "target")
 STOPPED = "sampling: stopped by"  # begins the line that tells of a failure
 
@@ -183,9 +184,9 @@ class ValidationSampler:
             found = scored(after, sample)
             scores += [found] if found else []
             labels.append(f"{_divided(found)}{sample.prompt}")
-        write_json(out / "scores.json", scores)
+        write_json(out / SCORES, scores)
         # Last: a resumed run takes a step with a sheet for drawn.
-        write_png(out / "sheet.png", contact_sheet(rows, COLUMNS, row_labels=labels))
+        write_png(out / SHEET, contact_sheet(rows, COLUMNS, row_labels=labels))
 
 
 def scored(picture: Image.Image, sample: EditSample) -> dict[str, Any]:
