@@ -54,11 +54,6 @@ OWN_TABLES = (
     "src/qflux/models/optimizers.py",
     "src/qflux/demo/__init__.py",
 )  # import modules by names that stand in the same file
-WRITERS = ("write_text", "write_bytes", "touch", "copyfile", "copytree", "save_pretrained")
-OWN_WRITERS = {  # what may write past qflux.io, and how
-    "src/qflux/data/cache_manager.py": ("touch",),
-    "src/qflux/tools/push.py": ("copyfile",),
-}
 FORBIDDEN_FLAGS = ("shell", "trust_remote_code", "allow_pickle")
 
 _CODE_COMMENT = re.compile(
@@ -242,26 +237,6 @@ def forbidden(path: str, source: str) -> list[str]:
             bad += [f"{path}:{node.lineno}: {what}" for what in _bad_call(node)]
         elif isinstance(node, ast.ExceptHandler) and _swallows(node):
             bad.append(f"{path}:{node.lineno}: an error of any kind is swallowed")
-    return bad
-
-
-def atomic_writes(path: str, source: str) -> list[str]:
-    """Only io/ writes files; the demo's folders are made again by its command."""
-    if not path.startswith("src/qflux/") or path.startswith(("src/qflux/io/", "src/qflux/demo/")):
-        return []
-    bad = []
-    for node in ast.walk(ast.parse(source)):
-        if not isinstance(node, ast.Call) or _dotted(node.func).startswith("atomic."):
-            continue
-        last = node.func.attr if isinstance(node.func, ast.Attribute) else ""
-        words = [
-            word.value for word in (*node.args, *(k.value for k in node.keywords)) if isinstance(word, ast.Constant)
-        ]
-        opens = "open" in (last, _dotted(node.func)) and any(
-            re.fullmatch(r"[rwxabt+]*[wxa+][bt+]*", str(w)) for w in words
-        )
-        if opens or (last in WRITERS and last not in OWN_WRITERS.get(path, ())):
-            bad.append(f"{path}:{node.lineno}: {last or 'open'} writes a file; use qflux.io.atomic")
     return bad
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from tiny_project import blocks
 
 from qflux.config import load_config
 from qflux.demo import DEMOS
+from qflux.io import digests
 from qflux.io.tensors import load_tensors, save_tensors
 from qflux.main import import_trainer
 from qflux.tools import disk_need
@@ -153,6 +155,39 @@ def test_a_changed_input_makes_exactly_its_entries_again(
 def bytes_of(cache: Path) -> dict[str, bytes]:
     """The entries of a cache by stage and name."""
     return {str(path.relative_to(cache)): path.read_bytes() for path in entries(cache)}
+
+
+def test_another_picture_with_the_size_and_time_of_the_old_one(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Written into the old one's file, the time put back: all but ctime that a memo of digests can see is equal."""
+    monkeypatch.setattr(digests, "_SETTLED_NS", 0)
+    path = place.data / "training_images" / "a.png"
+    other = place.data / "control_images" / "b.png"
+    size = max(path.stat().st_size, other.stat().st_size) + 1
+    path.write_bytes(path.read_bytes().ljust(size, b"\0"))  # behind a picture's end nothing is read
+    place.run("--cache")
+    place.encoded.clear()
+    before = path.stat()
+    time.sleep(0.02)  # more than a tick of the clock
+    path.write_bytes(other.read_bytes().ljust(size, b"\0"))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    after = path.stat()
+    assert (after.st_size, after.st_mtime_ns, after.st_ino) == (before.st_size, before.st_mtime_ns, before.st_ino)
+    assert "0 damaged, 1 missing" in place.end("--cache", "verify").out
+    place.run("--cache")
+    assert place.encoded == [("vae", "a")]
+
+
+def test_a_wrong_digit_in_the_memo_of_digests_changes_nothing(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(digests, "_SETTLED_NS", 0)
+    place.run("--cache")
+    memo = place.project.cache / "digests.json"
+    text = memo.read_text()
+    last = text.index('"', text.index("a.png") + len('a.png"')) + 1
+    memo.write_text(text[:last] + ("0" if text[last] != "0" else "1") + text[last + 1 :])
+    assert "9 good (" in place.run("--cache", "verify")
+    assert "deleted 0 entries" in place.run("--cache", "gc")
+    assert "9 reused, 0 encoded" in place.run("--cache")
+    assert memo.read_text() == text
 
 
 def renamed(place: Place, patch: pytest.MonkeyPatch) -> None:

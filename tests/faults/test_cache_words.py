@@ -84,3 +84,28 @@ def test_explaining_what_is_not_there(place: Place) -> None:
     assert "nothing.safetensors: no such file" in done.err
     (place.project.root / "other.safetensors").write_bytes(b"x" * 100)
     assert "other.safetensors: no cache entry" in place.end("--cache", "explain", "other.safetensors").err
+
+
+@pytest.mark.parametrize("words", [["--cache"], ["train.max_train_steps=1"]], ids=["cache", "train"])
+def test_a_file_where_a_cache_s_folder_should_be_is_named_in_one_line(place: Place, words: list[str]) -> None:
+    path = place.old_entry("vae", "a")
+    for one in path.parent.iterdir():
+        one.unlink()
+    path.parent.rmdir()
+    path.parent.write_text("somebody's")
+    done = place.end(*words)
+    assert (done.code, done.err.count("\n")) == (3, 1), done.err
+    assert done.err.startswith(f"{path.parent}: found a file, expected a folder; move it away"), done.err
+    assert path.parent.read_text() == "somebody's"
+
+
+@pytest.mark.parametrize("words", [["--cache"], ["train.max_train_steps=1"]], ids=["cache", "train"])
+def test_a_pipe_with_an_entry_s_name_is_damage(place: Place, words: list[str]) -> None:
+    path = place.old_entry("vae", "a")
+    good = path.read_bytes()
+    path.unlink()
+    os.mkfifo(path)
+    assert "8 good (" in place.end("--cache", "verify").out
+    place.run(*words)
+    assert place.encoded == [("vae", "a")]
+    assert path.read_bytes() == good

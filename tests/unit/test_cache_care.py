@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+import socket
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from stand_in_cache import RECIPES, damage, entries, fill, manager, spec
 
+from qflux.data import cache_care
 from qflux.data.cache_care import collect, explain, needed, verify
-from qflux.data.cache_manager import CacheManager
+from qflux.data.cache_manager import CacheDamaged, CacheManager
 from qflux.errors import Locked, UserError
 from qflux.io import locks
 from qflux.types import Resize, SampleSpec
@@ -267,6 +269,80 @@ def test_explain_of_what_is_damaged_or_no_entry(cache: CacheManager, specs: list
         explain(cache, wanted, tmp_path / "nothing")
     with pytest.raises(UserError, match="no cache entry"):
         explain(cache, wanted, tmp_path)
+
+
+def vanishing(patch: pytest.MonkeyPatch, name: str, path: Path) -> None:
+    """``path`` goes when a function of the module has been called for it, as another process deletes it."""
+    call = getattr(cache_care, name)
+
+    def called(*words: object) -> object:
+        found = call(*words)
+        if words[0] == path:
+            path.unlink(missing_ok=True)
+        return found
+
+    patch.setattr(cache_care, name, called)
+
+
+@pytest.mark.parametrize("name", ["_name", "read_entry"])
+def test_verify_while_another_process_deletes(
+    cache: CacheManager, specs: list[SampleSpec], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    path = entry(cache, specs[5 if name == "_name" else 0])
+    vanishing(monkeypatch, name, path)
+    found = verify(cache, needed([(cache, specs[:3])]))
+    if name == "_name":
+        assert (found.ok, found.good, found.spare) == (True, 6, 2)
+    else:
+        assert (found.good, len(found.missing), found.spare) == (5, 1, 3)
+
+
+def test_explain_of_an_entry_that_vanishes(
+    cache: CacheManager, specs: list[SampleSpec], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = entry(cache, specs[0])
+    vanishing(monkeypatch, "made_by", path)
+    with pytest.raises(UserError, match="no such file; --cache makes the vae entry of sample 'id-0' there"):
+        explain(cache, needed([(cache, specs)]), path)
+
+
+@pytest.mark.parametrize("name", ["_name", "made_by"])
+def test_collect_of_what_vanishes(
+    cache: CacheManager, specs: list[SampleSpec], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    vanishing(monkeypatch, name, entry(cache, specs[0]))
+    files, mark = cache_care._files, f"{'ab' * 32}.safetensors.damaged"  # taken away by who read the entry again
+    monkeypatch.setattr(cache_care, "_files", lambda folder: [*files(folder), folder / mark])
+    done = collect(cache, needed([(cache, specs[1:])]))
+    assert (done.entries, done.kept, done.marks, done.failed, done.strange) == (0, 8, 0, [], [])
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "socket"])
+def test_what_is_no_regular_file_is_damaged_and_not_waited_for(
+    cache: CacheManager, specs: list[SampleSpec], kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, wanted = entry(cache, specs[0]), needed([(cache, specs)])
+    path.unlink()
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        monkeypatch.chdir(path.parent)  # a socket's name is short
+        socket.socket(socket.AF_UNIX).bind(path.name)
+    found = verify(cache, wanted)
+    assert (found.good, list(found.damaged.values())) == (
+        8, [f"{path}: damaged cache entry: it is no regular file; run --cache to encode it again (sample 'id-0')"],
+    )  # fmt: skip
+    with pytest.raises(UserError, match="no cache entry"):
+        explain(cache, wanted, path)
+    assert (collect(cache, {}).entries, os.path.lexists(path)) == (8, True)
+    with pytest.raises(CacheDamaged):
+        cache.get(specs[0])
+    report, _ = fill(cache, specs[:1], verify=True)
+    assert (report.encoded, report.repaired) == (1, 1)
+    assert path.is_file()
+    assert cache.get(specs[0]).target is not None
 
 
 def test_a_file_in_the_cache_s_place_is_an_error(tmp_path: Path, specs: list[SampleSpec]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import jsonschema
 import numpy as np
@@ -12,6 +13,7 @@ from data_section import data_section, entry
 from PIL import Image, ImageDraw
 
 from qflux.data.check import check_data
+from qflux.tools.plan import Plan
 from qflux.types import Family
 
 FAMILY = Family("tiny", "Pipeline", (), controls=(0, 2))
@@ -87,6 +89,15 @@ def test_faults_are_listed_with_file_and_reason(scenes, tmp_path):
     assert "damaged" in found["problems"][2]
     assert Path(found["sheet"]).is_file()
     assert "3 problems to solve" in report.text()
+
+
+def test_json_is_for_every_terminal(scenes):
+    (scenes / "images/s1.png").rename(scenes / "images/ü.png")
+    report = check_data(config(scenes, allow_missing_controls=False), FAMILY)
+    assert any("ü" in problem for problem in checked(report)["problems"])
+    assert report.to_json().isascii()
+    assert json.loads(Plan.to_json(SimpleNamespace(as_dict=lambda: {"ü": "ä"}))) == {"ü": "ä"}
+    assert Plan.to_json(SimpleNamespace(as_dict=lambda: {"ü": "ä"})).isascii()
 
 
 def test_nothing_usable(tmp_path):

@@ -114,6 +114,8 @@ def writes(name: str, call: ast.Call) -> bool:
         texts = [mode.value for mode in modes if isinstance(mode, ast.Constant) and isinstance(mode.value, str)]
         if any(re.fullmatch(r"[rwaxbt+]{1,4}", text) and set(text) & set("wax+") for text in texts):
             return True
+    if name == "os.open" and [ast.unparse(flags) for flags in call.args[1:]] == ["os.O_RDONLY"]:
+        return False
     return bool(WRITES.fullmatch(name)) and not OURS.fullmatch(name) and not SAVES.fullmatch(name)
 
 
@@ -140,6 +142,8 @@ def test_nothing_but_the_writer_opens_a_file_for_writing() -> None:
         ("open(path)", False),
         ("open(path, 'rb')", False),
         ("Image.open(path)", False),
+        ("os.open(path, os.O_RDONLY)", False),
+        ("os.open(path, os.O_RDONLY | os.O_CREAT)", True),
         ("atomic.write_text(path, 'x')", False),
         ("memo.save()", False),
     ],

@@ -15,6 +15,7 @@ from qflux.data import images
 from qflux.data.geometry import plan_sizes
 from qflux.data.images import ImageRef, apply_resize, load_mask, load_rgb
 from qflux.errors import UserError
+from qflux.io import digests
 from qflux.types import Family, Resize
 
 
@@ -255,6 +256,27 @@ def test_no_warning_reaches_the_user(scene, recwarn):
     load_rgb(ref(scene.convert("P"), transparency=b"\x00\x80\xff"))
     load_rgb(ref(scene, "JPEG", exif=b"Exif\x00\x00damaged"))
     assert not [warning for warning in recwarn if "PIL" in warning.filename]
+
+
+def test_a_memo_that_was_wrong_is_wrong_once(tmp_path, scene, monkeypatch):
+    """Whatever makes the bytes others than a memo says, the next start reads them again."""
+    monkeypatch.setattr(digests, "_SETTLED_NS", 0)
+    path, other = tmp_path / "a.png", tmp_path / "b.png"
+    for one in (path, other):
+        one.write_bytes(encoded(scene))
+    memo = digests.DigestMemo(tmp_path / "memo.json")
+    memo.put(path, "ab" * 32)
+    memo.put(other, blake3(encoded(scene)).hexdigest())
+    memo.save()
+    believed = ImageRef.from_path(path, memo=digests.DigestMemo(tmp_path / "memo.json"))
+    assert believed.digest == "ab" * 32
+    with pytest.raises(UserError, match=r"a\.png: found other bytes than when the data set was opened.*start again$"):
+        load_rgb(believed)
+    again = digests.DigestMemo(tmp_path / "memo.json")
+    assert again.get(other) == blake3(encoded(scene)).hexdigest()
+    fresh = ImageRef.from_path(path, memo=again)
+    assert fresh.digest == blake3(path.read_bytes()).hexdigest()
+    assert load_rgb(fresh).size == scene.size
 
 
 def test_the_pixel_limit_is_ours():

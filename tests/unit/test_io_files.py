@@ -1,17 +1,15 @@
-"""Atomic files, digests and locks: whole or not at all, no stranger's file touched."""
+"""Atomic files and locks: whole or not at all, no stranger's file touched."""
 
 import errno
 import json
 import os
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import pytest
 
-from qflux.errors import Locked, NoSpace, UserError
-from qflux.io import atomic, digests, faults, locks
+from qflux.errors import Locked, NoSpace, RunStopped, UserError
+from qflux.io import atomic, faults, locks
 from qflux.io.owner import owner
 
 DEAD = 2**22 + 12345  # above Linux' largest pid
@@ -52,6 +50,30 @@ def test_json_is_sorted_and_refuses_nan(tmp_path):
     with pytest.raises(ValueError, match="JSON compliant"):
         atomic.write_json(tmp_path / "x.json", {"a": float("nan")})
     assert json.loads((tmp_path / "x.json").read_text())["b"] == 1
+
+
+def test_a_file_in_a_folders_place_is_one_line_that_names_it(tmp_path):
+    (tmp_path / "9d").write_text("")
+    with pytest.raises(FileExistsError) as caught:
+        atomic.write_bytes(tmp_path / "9d" / "x", b"1")
+    told = atomic.disk_error(caught.value)
+    assert isinstance(told, RunStopped)
+    assert str(told).startswith(f"{tmp_path / '9d'}: found a file, expected a folder; move it away")
+    (tmp_path / "made").mkdir()
+    with pytest.raises(FileExistsError) as caught:
+        atomic.publish_dir(tmp_path / "made", tmp_path)
+    assert str(atomic.disk_error(caught.value)).startswith(f"{tmp_path}: a finished folder is never replaced; move it")
+
+
+def test_errors_name_the_file_and_not_the_temp_file(tmp_path):
+    (tmp_path / "config.yaml").mkdir()
+    with pytest.raises(IsADirectoryError) as caught:
+        atomic.write_text(tmp_path / "config.yaml", "x")
+    assert str(caught.value) == f"[Errno {errno.EISDIR}] Is a directory: '{tmp_path / 'config.yaml'}'"
+    assert str(atomic.disk_error(caught.value)).startswith(f"{tmp_path / 'config.yaml'}: Is a directory; ")
+    with pytest.raises(OSError, match=r"/n+'$"):
+        atomic.write_text(tmp_path / ("n" * 300), "x")
+    assert leftovers(tmp_path) == []
 
 
 def test_long_names_fit(tmp_path):
@@ -188,85 +210,6 @@ def test_kill_leaves_old_or_new_and_a_swept_temp_file(tmp_path):
     assert (tmp_path / "x").read_text() == "old"
     assert len(atomic.sweep(tmp_path)) == 1
     assert os.listdir(tmp_path) == ["x"]
-
-
-def test_digests_agree_with_the_libraries(tmp_path):
-    import blake3
-    import xxhash
-
-    path = tmp_path / "x"
-    path.write_bytes(b"abc" * 1_000_000)
-    assert digests.xxh3(path) == digests.xxh3(str(path)) == xxhash.xxh3_128(path.read_bytes()).hexdigest()
-    assert digests.xxh3(b"abc") == xxhash.xxh3_128(b"abc").hexdigest()
-    assert digests.blake3_file(path) == blake3.blake3(path.read_bytes()).hexdigest()
-
-
-def test_json_digest_ignores_order_only():
-    assert digests.blake3_json({"a": 1, "b": (1, 2)}) == digests.blake3_json({"b": [1, 2], "a": 1})
-    values = [
-        {"a": 1},
-        {"a": 1.0},
-        {"a": "1"},
-        {"a": None},
-        {"a": True},
-        {"b": 1},
-        [["a", 1]],
-        {"a": [1]},
-        "\u00e9",
-        "e\u0301",
-    ]
-    assert len({digests.blake3_json(value) for value in values}) == len(values)
-    assert digests.blake3_json({"b", "a"}) == digests.blake3_json(["a", "b"])
-    with pytest.raises(ValueError, match="JSON compliant"):
-        digests.blake3_json(float("inf"))
-    with pytest.raises(TypeError, match="PosixPath"):
-        digests.blake3_json(Path("/x"))
-
-
-def test_memo_is_used_until_the_file_changes(tmp_path):
-    path, memo_path = tmp_path / "x", tmp_path / "memo.json"
-    path.write_bytes(b"one")
-    old = time.time() - 100
-    os.utime(path, (old, old))
-    memo = digests.DigestMemo(memo_path)
-    digest = digests.blake3_file(path, memo)
-    memo.save()
-    assert digests.DigestMemo(memo_path).get(path) == digest
-    os.utime(path, (old + 1, old + 1))
-    assert digests.DigestMemo(memo_path).get(path) is None
-    path.write_bytes(b"two")  # just changed: may change again within the clock's tick
-    assert digests.blake3_file(path, memo) != digest
-    assert memo.get(path) is None
-    memo_path.write_text("not json")
-    assert digests.DigestMemo(memo_path).get(path) is None
-
-
-def test_memos_of_two_processes_are_merged(tmp_path):
-    paths = [tmp_path / "a", tmp_path / "b"]
-    memos = [digests.DigestMemo(tmp_path / "memo.json") for _ in paths]
-    for path, memo in zip(paths, memos, strict=True):
-        path.write_bytes(path.name.encode())
-        os.utime(path, (1e9, 1e9))
-        digests.blake3_file(path, memo)
-        memo.save()
-    merged = digests.DigestMemo(tmp_path / "memo.json")
-    assert all(merged.get(path) for path in paths)
-
-
-def test_a_memo_knows_odd_names_and_needs_no_place_to_be_saved(tmp_path):
-    path = os.path.join(os.fsencode(tmp_path), b"\xff.png").decode("utf-8", "surrogateescape")
-    with open(path, "wb") as handle:
-        handle.write(b"x")
-    os.utime(path, (1e9, 1e9))
-    memo = digests.DigestMemo(tmp_path / "memo.json")
-    digest = digests.blake3_file(path, memo)
-    memo.save()
-    assert digests.DigestMemo(tmp_path / "memo.json").get(path) == digest
-    (tmp_path / "file").write_text("")
-    nowhere = digests.DigestMemo(tmp_path / "file/memo.json")
-    digests.blake3_file(path, nowhere)
-    nowhere.save()
-    assert nowhere.get(path) == digest
 
 
 def test_lock_names_its_holder_and_dies_with_it(tmp_path):

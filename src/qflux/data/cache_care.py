@@ -112,8 +112,9 @@ def verify(cache: CacheManager, wanted: Mapping[Name, Needed]) -> Verified:
             bar.advance()
     for path in _entries(cache.root):
         if _name(path) not in wanted:
-            found.spare += 1
-            found.spare_size += path.stat().st_size
+            with suppress(FileNotFoundError):  # another process may be collecting them
+                found.spare_size += path.stat().st_size
+                found.spare += 1
     return found
 
 
@@ -169,11 +170,12 @@ def _judge(path: Path, wanted: Mapping[Name, Needed], done: Collected) -> None:
     if _name(path) in wanted:
         done.kept += 1
         return
-    said = made_by(path)
+    size, said = _length(path), made_by(path)
+    if size is None:
+        return
     if said is None or (said["stage"], said["key"]) != _name(path):
         done.strange.append(f"{path}: left alone: it has the name of a cache entry, but not what is in one")
         return
-    size = path.stat().st_size
     if _deleted(path, done):
         done.entries += 1
         done.size += size
@@ -182,6 +184,8 @@ def _judge(path: Path, wanted: Mapping[Name, Needed], done: Collected) -> None:
 def _deleted(path: Path, done: Collected) -> bool:
     try:
         path.unlink()
+    except FileNotFoundError:
+        return False
     except OSError as error:
         done.failed.append(f"{path}: cannot be deleted: {error.strerror}")
         return False
@@ -214,7 +218,15 @@ def _entries(root: Path) -> Iterator[Path]:
 
 def _is_mark(path: Path) -> bool:
     name = path.name.removesuffix(MARK)
-    return name != path.name and _ENTRY.fullmatch(name) is not None and path.stat().st_size == 0
+    return name != path.name and _ENTRY.fullmatch(name) is not None and _length(path) == 0
+
+
+def _length(path: Path) -> int | None:
+    """Bytes of a file; None where it has vanished."""
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return None
 
 
 def _name(path: Path) -> Name:
@@ -232,13 +244,14 @@ def explain(cache: CacheManager, wanted: Mapping[Name, Needed], path: Path) -> s
     try:
         inputs, recipe = (dict(strict_loads((said or {})[part].encode())) for part in ("inputs", "recipe"))
         lines = [*_listed("made from", inputs), *_listed("made with", recipe)]
-    except (KeyError, ValueError, TypeError, RecursionError):
+        size, damage = path.stat().st_size, _damage(path)
+    except (KeyError, ValueError, TypeError, RecursionError, FileNotFoundError):
         found = "no cache entry, or one whose header is damaged" if path.exists() else "no such file"
         told = f"; --cache makes the {path.parent.parent.name} entry of {known.whose} there" if known else ""
         raise UserError(f"{path}: {found}{told}") from None
     assert said is not None
-    lines.insert(0, f"{path}: {said['stage']} entry, {_size(path.stat().st_size)}")
-    name, damage = (said["stage"], said["key"]), _damage(path)
+    lines.insert(0, f"{path}: {said['stage']} entry, {_size(size)}")
+    name = (said["stage"], said["key"])
     if damage is not None:
         lines.append(f"damaged: {damage}" + (f"; --cache makes the entry of {known.whose} again" if known else ""))
     elif known:

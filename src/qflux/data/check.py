@@ -83,8 +83,8 @@ class CheckReport:
         }
 
     def to_json(self) -> str:
-        """``as_dict`` as indented JSON text."""
-        return json.dumps(self.as_dict(), indent=2, ensure_ascii=False, sort_keys=True)
+        """``as_dict`` as indented JSON text, in ASCII: whatever the terminal's encoding is."""
+        return json.dumps(self.as_dict(), indent=2, ensure_ascii=True, sort_keys=True)
 
     def text(self) -> str:
         """The report for people, problems first."""

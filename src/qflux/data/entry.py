@@ -10,7 +10,9 @@ another's name is found.
 
 from __future__ import annotations
 
+import io
 import os
+import stat
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -143,20 +145,28 @@ def made_by(path: Path | str) -> dict[str, str] | None:
     The rest of the file may be damaged, and its name another entry's. None where there is no header of an entry.
     """
     try:
-        with open(path, "rb") as handle:
+        with _open(path) as handle:
             start = handle.read(_DIGITS.start)
             rest = handle.read(header_end(start, os.fstat(handle.fileno()).st_size) - len(start))
         if start[8:] != _HEAD:
             return None
         found = strict_loads(start[8:] + rest)["__metadata__"]
-    except (OSError, ValueError):
+    except (OSError, ValueError, CacheDamaged):
         return None
     return found if found.keys() == _FIELDS and all(isinstance(value, str) for value in found.values()) else None
 
 
+def _open(path: Path | str) -> io.BufferedReader:
+    """Open an entry for reading, but no pipe, which would be waited for, and no device or socket: ``CacheDamaged``."""
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # a folder is refused by open
+        raise CacheDamaged(path, "it is no regular file")
+    return open(path, "rb")
+
+
 def _bytes(path: Path | str) -> bytearray:
     try:
-        with open(path, "rb") as handle:
+        with _open(path) as handle:
             buffer = bytearray(os.fstat(handle.fileno()).st_size)
             del buffer[handle.readinto(buffer) :]
     except FileNotFoundError:

@@ -117,9 +117,11 @@ class ImageRef:
                 data = self.fetch()
                 _refuse_long(self.label, len(data))
             if self._digest is not None and blake3(data).hexdigest() != self._digest:
+                if self.memo is not None and self.path is not None:
+                    self.memo.forget(self.path)
                 raise UserError(
                     f"{self.label}: found other bytes than when the data set was opened, expected pictures that do "
-                    "not change during a run; start again, and touch the file if its old time stamp was put back"
+                    "not change during a run; start again"
                 )
             return data
 

@@ -87,6 +87,9 @@ def disk_error(error: BaseException, folder: Path | str = ".") -> QfluxError | N
     path = Path(getattr(error, "filename", None) or folder)
     if is_no_space(error):
         return NoSpace(f"{path}: no space left on the disk: needs more than is free, free {_free_bytes(path)} bytes")
+    if isinstance(error, OSError) and error.errno == errno.EEXIST:
+        found = error.strerror if path.is_dir() else "found a file, expected a folder"
+        return RunStopped(f"{path}: {found}; move it away, then go on with --resume auto")
     if isinstance(error, OSError) and error.errno in _BROKEN:
         return RunStopped(f"{path}: {error.strerror}; see that the disk is well, then go on with --resume auto")
     return None
@@ -119,6 +122,7 @@ def atomic_path(path: Path | str, need: int | None = None, temp: Path | None = N
 
     ``need`` is the size in bytes that is going to be written, for the message of ``NoSpace`` (raised when the disk or
     the quota is full); without it the message gives what had been written so far. Missing parent folders are made.
+    An ``OSError`` that names the temp path names ``path`` instead, which is what a person knows.
     ``temp`` is a path of :func:`temp_path` to use in place of a fresh one.
     """
     path = Path(path)
@@ -143,6 +147,9 @@ def atomic_path(path: Path | str, need: int | None = None, temp: Path | None = N
             raise NoSpace(
                 f"{path}: no space left on the disk: {amount} bytes, free {_free_bytes(path.parent)}"
             ) from error
+        if isinstance(error, OSError) and error.filename in (temp, str(temp)):
+            error.filename = str(path)
+            del error.filename2  # of a rename: the same
         raise
     finally:
         _live.discard(temp.name)

@@ -200,8 +200,8 @@ class Plan:
         }  # fmt: skip
 
     def to_json(self) -> str:
-        """``as_dict`` as indented JSON text."""
-        return json.dumps(self.as_dict(), indent=2, ensure_ascii=False)
+        """``as_dict`` as indented JSON text, in ASCII: whatever the terminal's encoding is."""
+        return json.dumps(self.as_dict(), indent=2, ensure_ascii=True)
 
     def text(self) -> str:
         """The plan for people."""
