@@ -153,7 +153,7 @@ def test_a_terminal_that_is_closed_costs_nothing(project: Project) -> None:
         stdout=its,
         stderr=its,
         start_new_session=True,
-        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        preexec_fn=own_terminal,
     )
     os.close(its)
     drain = threading.Thread(target=read_all, args=(mine,), daemon=True)
@@ -168,6 +168,12 @@ def test_a_terminal_that_is_closed_costs_nothing(project: Project) -> None:
     assert told["exit_code"] == 129
     assert "interrupted" in told["reason"]
     assert checkpoint(run, told["step"]).is_dir()
+
+
+def own_terminal() -> None:
+    """In the child: stdin is its terminal, whose end it hears of, also where the tests were started under ``nohup``."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
 
 def read_all(handle: int) -> None:

@@ -25,6 +25,15 @@ def plain_environment(monkeypatch):
             monkeypatch.delenv(name)
 
 
+@pytest.fixture
+def hangups():
+    """Tests that are started under ``nohup`` ignore SIGHUP; here it is not ignored."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("hangups")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_the_first_signal_sets_a_flag_and_handlers_come_back(number, capfd):
     before = signal.getsignal(number)
