@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from qflux.io.quiet import quiet_imports
+from qflux.models import attention
 from qflux.models.attention import attention_backends, attention_problems
 
 
@@ -32,6 +33,15 @@ def test_they_are_read_without_an_import() -> None:
     code = "import sys; from qflux.models.attention import attention_backends as names; assert 'native' in names(); "
     code += "assert not {'torch', 'diffusers'} & sys.modules.keys()"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_release_that_keeps_them_elsewhere_refuses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "_DISPATCHER", "models/nowhere.py")
+    attention_backends.cache_clear()
+    try:
+        assert problems("nativ") == []
+    finally:
+        attention_backends.cache_clear()
 
 
 def test_an_unknown_name_is_refused_with_those_there_are() -> None:

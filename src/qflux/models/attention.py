@@ -12,19 +12,21 @@ if TYPE_CHECKING:
     from qflux.config import Config
     from qflux.types import Family
 
-_DISPATCHER, _CLASS = "models/attention_dispatch.py", "class AttentionBackendName"
+_DISPATCHER = "models/attention_dispatch.py"
+_NAMES = re.compile(r"^class AttentionBackendName.*?(?=^\S|\Z)", re.MULTILINE | re.DOTALL)
 NATIVE = "native"  # torch's own, always there
 
 
 @cache
 def attention_backends() -> frozenset[str]:
-    """Every kernel that the installed diffusers knows, read from its source (importing it takes seconds)."""
+    """Every kernel that the installed diffusers knows, read from its source (importing it takes seconds).
+
+    Empty where a release keeps them elsewhere: the network itself then judges a name, later.
+    """
     found = importlib.util.find_spec("diffusers")
-    if found is None or found.origin is None:
-        return frozenset()
-    text = (Path(found.origin).parent / _DISPATCHER).read_text(encoding="utf-8")
-    body = re.split(r"^(?=\S)", text[text.index("\n" + _CLASS) + 1 :], maxsplit=2, flags=re.MULTILINE)[1]
-    return frozenset(re.findall(r'^    [A-Z_0-9]+ = "(.+?)"', body, re.MULTILINE))
+    file = Path(found.origin).parent / _DISPATCHER if found is not None and found.origin is not None else None
+    body = _NAMES.search(file.read_text(encoding="utf-8")) if file is not None and file.is_file() else None
+    return frozenset(re.findall(r'^    [A-Z_0-9]+ = "(.+?)"', body[0], re.MULTILINE) if body else ())
 
 
 def attention_problems(config: Config, family: Family) -> list[str]:
@@ -32,9 +34,9 @@ def attention_problems(config: Config, family: Family) -> list[str]:
     backend, batch = config.train.attention_backend, config.data.batch_size
     if backend == NATIVE:
         return []
-    if backend not in attention_backends():
-        known = ", ".join(sorted(attention_backends()))
-        return [f"train.attention_backend: found {backend!r}, expected one of {known}"]
+    known = attention_backends()
+    if known and backend not in known:
+        return [f"train.attention_backend: found {backend!r}, expected one of {', '.join(sorted(known))}"]
     maskless = any(word in backend for word in ("flash", "sage")) and "varlen" not in backend
     if family.text_varies and batch > 1 and maskless:
         return [
