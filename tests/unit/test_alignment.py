@@ -140,7 +140,7 @@ def test_beyond_the_frame_of_the_control_are_no_edges():
 SHIFTS = [(1, 0), (0, -1), (-2, 2), (12, 3), (-7, 25), (40, -40)]
 
 
-@pytest.mark.parametrize(("shift", "edit"), zip(SHIFTS, itertools.cycle(list(EDITS)[1:7]), strict=False))
+@pytest.mark.parametrize(("shift", "edit"), list(zip(SHIFTS, itertools.cycle(list(EDITS)[1:7]), strict=False)))
 def test_shifts_come_back(shift, edit):
     result = found(*pair(scene(1), shift), edit)
     assert close(result, shift), result
