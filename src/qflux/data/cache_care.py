@@ -20,7 +20,7 @@ from qflux.data.entry import CacheDamaged, made_by, read_entry
 from qflux.errors import UserError
 from qflux.io import atomic, digests, locks
 from qflux.io.json_files import strict_loads
-from qflux.io.places import refuse_file
+from qflux.io.places import listed, refuse_file
 from qflux.io.progress import Progress
 from qflux.types import SampleSpec
 
@@ -46,8 +46,7 @@ class Needed:
     def whose(self) -> str:
         """``sample 'a'`` or ``samples 'a', 'b', 'c' and 4 more``."""
         ids = [repr(name) for name in self.samples]
-        more = f" and {len(ids) - 3} more" if len(ids) > 3 else ""
-        return f"sample{'s' if len(ids) > 1 else ''} {', '.join(ids[:3])}{more}"
+        return f"sample{'s' if len(ids) > 1 else ''} {listed(ids, 3)}"
 
 
 def needed(parts: Iterable[tuple[CacheManager, Iterable[SampleSpec]]]) -> dict[Name, Needed]:

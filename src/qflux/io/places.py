@@ -1,9 +1,9 @@
-"""Where a path leads, links followed, and how it is shown: for names that strangers have chosen."""
+"""Where a path leads, links followed, and how it is shown: for names that strangers have chosen or that are many."""
 
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from qflux.errors import UserError
@@ -23,6 +23,12 @@ def is_inside(path: Path, roots: Iterable[Path]) -> bool:
         return False
     blobs = [part.parent / "blobs" for home in homes for part in home.parents if part.name == "snapshots"]
     return any(real.is_relative_to(home) for home in (*homes, *blobs))
+
+
+def listed(names: Sequence[str], most: int) -> str:
+    """``a, b, c and 4 more``: the first ``most`` of many names."""
+    more = len(names) - most
+    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
 
 
 def local_folder(name: str) -> Path | None:

@@ -10,7 +10,7 @@ import contextlib
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from qflux.errors import UserError
 from qflux.io.atomic import write_json
 from qflux.io.headers import unreadable
 from qflux.io.json_files import strict_loads, strict_read
+from qflux.io.places import listed
 from qflux.io.quiet import quiet_imports
 from qflux.io.tensors import load_tensors, read_metadata, save_tensors
 from qflux.models.native_names import METADATA_KEY
@@ -212,7 +213,7 @@ def _refuse_mismatch(path: Path, found: Mapping[str, Tensor], state: Mapping[str
     problems = []
     for what, names in (("lacks", state.keys() - found.keys()), ("has unexpected", found.keys() - state.keys())):
         if names:
-            problems.append(f"{path}: {what} {_listed(names)}; check {KEY}")
+            problems.append(f"{path}: {what} {listed(sorted(names), _SHOWN)}; check {KEY}")
     wrong = [name for name in sorted(found.keys() & state.keys()) if found[name].shape != state[name].shape]
     if wrong:
         first = wrong[0]
@@ -222,13 +223,6 @@ def _refuse_mismatch(path: Path, found: Mapping[str, Tensor], state: Mapping[str
         )
     if problems:
         raise UserError(*problems)
-
-
-def _listed(names: Iterable[str]) -> str:
-    """The first names of many."""
-    ordered = sorted(names)
-    more = len(ordered) - _SHOWN
-    return f"{', '.join(ordered[:_SHOWN])}{f' and {more} more' if more > 0 else ''}"
 
 
 def _refuse_other_scaling(path: Path, model: Any) -> None:
@@ -340,7 +334,7 @@ def load_full(folder: Path, model: Any, component: str = "transformer") -> None:
     problems = []
     for what, names in (("lacks", state.keys() - found.keys()), ("has unexpected", found.keys() - state.keys())):
         if names:
-            problems.append(f"{path}: {what} {_listed(names)}; is it of another model?")
+            problems.append(f"{path}: {what} {listed(sorted(names), _SHOWN)}; is it of another model?")
     wrong = {name for name in found.keys() & state.keys() if found[name].shape != state[name].shape}
     if wrong:
         first = min(wrong)

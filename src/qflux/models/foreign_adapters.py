@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from qflux.errors import UserError
 from qflux.io.headers import read_header
 from qflux.io.json_files import strict_loads, strict_read
+from qflux.io.places import listed
 from qflux.models.native_names import METADATA_KEY, native_layers, scale_of
 from qflux.models.targets import KEY
 
@@ -355,5 +356,4 @@ def _each(lora: Any) -> int:
 
 
 def _few(names: Sequence[str]) -> str:
-    more = len(names) - _SHOWN
-    return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
+    return listed(names, _SHOWN)

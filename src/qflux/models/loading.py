@@ -17,7 +17,7 @@ import torch
 
 from qflux.errors import UserError
 from qflux.io.digests import blake3_file, blake3_json
-from qflux.io.places import local_folder
+from qflux.io.places import listed, local_folder
 from qflux.io.quiet import quiet_imports
 from qflux.models.model_folder import KEY, folder_problems, pickled_only, read_config, read_index
 
@@ -134,8 +134,7 @@ def load_module(cls: type, folder: Path, component: str, dtype: torch.dtype, **o
         )
     lost = sorted(str(name) for name in found["missing_keys"])
     if lost:
-        more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
-        raise UserError(f"{KEY}: {folder / component} lacks the weights {', '.join(lost[:3])}{more} of {cls.__name__}")
+        raise UserError(f"{KEY}: {folder / component} lacks the weights {listed(lost, 3)} of {cls.__name__}")
     return module.eval().requires_grad_(False)
 
 
@@ -192,11 +191,12 @@ def load_plain(cls: type, folder: Path, component: str) -> Any:
     own = {"trust_remote_code": False} if cls.__module__.startswith("transformers") else {}
     with quiet_libraries(), readable(folder / component, cls):
         part = cls.from_pretrained(folder, subfolder=component, local_files_only=True, **own)  # type: ignore[attr-defined]
-    if hasattr(part, "get_vocab") and len(part.get_vocab()) <= len(part.added_tokens_decoder):
+    vocabulary = part.get_vocab() if hasattr(part, "get_vocab") else None
+    if vocabulary is not None and len(vocabulary) <= len(part.added_tokens_decoder):
         raise UserError(f"{KEY}: {folder / component} has no vocabulary; fetch the tokenizer's files again")
     encoder = component.replace("tokenizer", "text_encoder")
-    if hasattr(part, "get_vocab") and encoder != component and (folder / encoder).is_dir():
-        config, last = read_config(folder, encoder), max(part.get_vocab().values())
+    if vocabulary is not None and encoder != component and (folder / encoder).is_dir():
+        config, last = read_config(folder, encoder), max(vocabulary.values())
         inner = config.get("text_config")
         size = (inner if isinstance(inner, dict) else config).get("vocab_size", last + 1)
         if not isinstance(size, int) or last >= size:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from qflux.errors import UserError
 from qflux.io.headers import read_header
+from qflux.io.places import listed
 from qflux.io.quiet import quiet_imports
 from qflux.models import quantize as quant
 from qflux.models.loading import KEY, load_module, quiet_libraries, readable, refuse_pickles
@@ -163,7 +164,7 @@ class _Checkpoint:
             names = set(shard_names(index))
         missing = [name for name in sorted(names) if not (self.root / name).is_file()]
         if missing:
-            raise UserError(f"{KEY}: {self.root} lacks {_listed(missing)}")
+            raise UserError(f"{KEY}: {self.root} lacks {listed(missing, _SHOWN)}")
         return [self.root / name for name in sorted(names)]
 
     def tensor(self, key: str) -> Tensor:
@@ -186,14 +187,9 @@ class _Checkpoint:
         lacking = sorted((shapes.keys() | packed) - self.names.keys())
         unknown = sorted(self.names.keys() - shapes.keys())
         told = (("lacks", lacking), ("has unexpected", unknown), ("has other shapes:", other))
-        problems = [f"{KEY}: {self.root} {what} {_listed(names)}" for what, names in told if names]
+        problems = [f"{KEY}: {self.root} {what} {listed(names, _SHOWN)}" for what, names in told if names]
         if problems:
             raise UserError(*problems)
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more
 
 
 def _skeleton(cls: Any, config: Mapping[str, Any], dtype: torch.dtype) -> nn.Module:

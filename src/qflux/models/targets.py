@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from qflux.errors import UserError
+from qflux.io.places import listed
 from qflux.types import Family
 
 KEY = "model.lora.target_modules"
@@ -29,9 +30,8 @@ def select_targets(kinds: Mapping[str, str | None], targets: str | Sequence[str]
         if not found:
             problems.append(f"{KEY}: {entry!r} matches no module of the {family.denoiser}; {_hint(entry, family)}")
         elif foreign:
-            listed = ", ".join(f"{name} ({kinds[name]})" for name in foreign[:_SHOWN])
-            more = f" and {len(foreign) - _SHOWN} more" if len(foreign) > _SHOWN else ""
-            problems.append(f"{KEY}: {entry!r} matches modules that are not linear layers: {listed}{more}")
+            shown = listed([f"{name} ({kinds[name]})" for name in foreign], _SHOWN)
+            problems.append(f"{KEY}: {entry!r} matches modules that are not linear layers: {shown}")
         chosen.update(found)
     if problems:
         raise UserError(*problems)

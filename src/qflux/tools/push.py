@@ -24,7 +24,7 @@ from qflux.errors import UserError
 from qflux.io import atomic
 from qflux.io.digests import xxh3
 from qflux.io.faults import reach
-from qflux.io.places import refuse_file
+from qflux.io.places import listed, refuse_file
 from qflux.io.progress import say
 from qflux.io.quiet import quiet_imports
 from qflux.io.tensors import read_metadata
@@ -238,8 +238,7 @@ def _refuse_others(folder: Path, files: list[str]) -> None:
         names = [f"{part}/{name}".lstrip("/") for name in _names(folder / part)]
         others += [name for name in names if name not in ours & {*files} and name not in (*parts, WRITTEN)]
     if others:
-        shown = ", ".join(others[:3]) + (f" and {len(others) - 3} more" if len(others) > 3 else "")
-        raise UserError(f"--out: {folder} holds files that are not of this push: {shown}; move them away")
+        raise UserError(f"--out: {folder} holds files that are not of this push: {listed(others, 3)}; move them away")
 
 
 def _names(folder: Path) -> list[str]:

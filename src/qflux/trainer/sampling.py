@@ -13,6 +13,7 @@ import torch
 
 from qflux.errors import QfluxError, UserError
 from qflux.io.atomic import write_json
+from qflux.io.places import listed
 from qflux.io.progress import say
 from qflux.io.written import noted
 from qflux.models import adapters
@@ -202,9 +203,8 @@ def _refuse_others(out: Path | None, names: Sequence[str]) -> None:
     ours = noted(out / NOTE)
     taken = [name for name in names if name not in ours and os.path.lexists(out / name)]
     if taken:
-        shown = ", ".join(taken[:3]) + (f" and {len(taken) - 3} more" if len(taken) > 3 else "")
         raise UserError(
-            f"--out: {out} holds {shown}, which no --sample has written; move it away or name another folder"
+            f"--out: {out} holds {listed(taken, 3)}, which no --sample has written; move it away or name another folder"
         )
 
 
